@@ -1,0 +1,104 @@
+"""Configs: frozen dataclasses beside the code that uses them, written and read back strictly as JSON.
+
+A class that inherits `Config` refuses unknown keys and wrong types when it is read from a file, and names the nearest
+known key. The identity of a run is the hash of its config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import pydantic
+
+from steelyard.errors import ConfigError
+
+
+class Config:
+    """Base of every config dataclass: strict, and closed to unknown keys."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def to_json(config: Any) -> str:
+    """Serialise a config dataclass as indented JSON with sorted keys."""
+    adapter = pydantic.TypeAdapter(type(config))
+    plain = json.loads(adapter.dump_json(config))
+    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+
+
+def from_json(cls: type[ConfigT], text: str, where: str = "config") -> ConfigT:
+    """Read a config of class `cls` from JSON text; `where` names the file in error messages.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), missing key, wrong type or invalid JSON.
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            key = str(first["loc"][-1])
+            near = difflib.get_close_matches(key, sorted(all_field_names(cls)), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{where}: unknown key {path!r}{hint}") from None
+        raise ConfigError(f"{where}: key {path!r}: {first['msg']}, found {first['input']!r:.80}") from None
+
+
+def read_config(cls: type[ConfigT], path: str | Path) -> ConfigT:
+    """Read a config file of class `cls`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    return from_json(cls, path.read_text(), where=str(path))
+
+
+def config_hash(config: Any) -> str:
+    """Return the first 16 hex digits of the SHA-256 of a config: the identity of what it describes."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of a config, for tables and differences."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def diff(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
+    """Return {dotted key: (left, right)} for every key whose values differ; a missing key shows as None."""
+    a, b = flatten(left), flatten(right)
+    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+
+
+def all_field_names(cls: Any) -> set[str]:
+    """Return the names of all fields of a config class and of the config classes inside it."""
+    names: set[str] = set()
+    if dataclasses.is_dataclass(cls):
+        for field in dataclasses.fields(cls):
+            names.add(field.name)
+        for hint in _field_types(cls):
+            names |= all_field_names(hint)
+    return names
+
+
+def _field_types(cls: Any) -> list[Any]:
+    from typing import get_args, get_type_hints
+
+    flat: list[Any] = []
+    for hint in get_type_hints(cls).values():
+        flat += [hint, *get_args(hint)]
+    return flat

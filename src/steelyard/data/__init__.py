@@ -1,0 +1,1 @@
+"""Prior data in: bytes on disk -> episodes -> typed batches."""

@@ -1,0 +1,63 @@
+"""Typed batches: what objectives receive. Frozen, with shapes in the docstring."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Base of all batches: a set of tensors that share their first axis."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the batch on `device`."""
+        return type(self)(**{name: value.to(device, non_blocking=True) for name, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return {field name: tensor}."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __len__(self) -> int:
+        """Return the number of rows B."""
+        return len(next(iter(self.tensors().values())))
+
+
+@dataclass(frozen=True)
+class TransitionBatch(Batch):
+    """Steps of behaviour.
+
+    Attributes:
+        observations: float32 [B, O].
+        actions: float32 [B, A] (int64 [B] where actions are discrete).
+        rewards: float32 [B], scaled and biased as the run's config says.
+        next_observations: float32 [B, O].
+        masks: float32 [B], 1 - terminated: 1 where the value goes on beyond this step.
+        returns_to_go: float32 [B], discounted sum of rewards from this step to the end of its trajectory.
+        is_offline: float32 [B], 1 for prior data, 0 for data collected online.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_observations: Tensor
+    masks: Tensor
+    returns_to_go: Tensor
+    is_offline: Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch(Batch):
+    """Rows of text.
+
+    Attributes:
+        tokens: int64 [B, L].
+        scored_mask: float32 [B, L]; 1 where the token is a target, 0 for prompt, padding and the first token.
+    """
+
+    tokens: Tensor
+    scored_mask: Tensor
