@@ -1,0 +1,1 @@
+"""Suites of runs, their rows and their statistics."""

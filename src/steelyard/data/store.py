@@ -1,30 +1,31 @@
-"""`Store`: flat columns with episode offsets, memory-mapped, larger than RAM.
+"""`Store`: all steps of a data set as packed records, memory-mapped, larger than RAM.
 
-Layout of a store on disk (a directory):
+Layout of a store on disk (a directory; raw little-endian columns, no headers, nothing pickled):
 
-    store.json             spec, counts, size and SHA-256 of every column, content hash
-    observations.KEY.npy   [N + E, ...]: each episode has one observation more than steps
-    actions.npy            [N, ...]
-    rewards.npy            [N] float64, raw
-    episode_index.npy      [N] int32: which episode a step belongs to
-    starts.npy             [E + 1] int64: first step of each episode, and N
-    terminated.npy, truncated.npy   [E] bool
-    episodes.json          instruction and provenance of each episode
+    store.json           spec, counts, notes, size and SHA-256 of every file, content hash
+    records.bin          [N + E] one packed record per observation: observations, then the action and raw reward
+                         (float64) that followed it; the last record of an episode has a zero action and reward
+    episode_index.bin    [N] int32: which episode a step belongs to
+    starts.bin           [E + 1] int64: first step of each episode, and N
+    terminated.bin, truncated.bin   [E] bool
+    episodes.json        instruction and provenance of each episode
 
-Step i of episode e has its observation in row i + e and its next observation in row i + e + 1, so nothing is stored
-twice and a gather costs the same at 10^5 and 10^8 steps.
+Step i of episode e has its observation in record i + e and its next observation in record i + e + 1. Nothing is stored
+twice, and a step is one place in memory: a random gather meets one cache miss per step instead of one per column,
+which is what keeps it equally fast at 10^5 and 10^7 steps.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +36,15 @@ from steelyard.errors import DataError
 
 FORMAT = "steelyard-store-1"
 Indices = npt.NDArray[np.int64]
+EpisodeRow = dict[str, str | None]
+
+_COLUMNS = {"episode_index": np.dtype("<i4"), "starts": np.dtype("<i8"), "terminated": np.dtype("?"),
+            "truncated": np.dtype("?")}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps gathered from a store, as numpy arrays in the order asked for.
+    """Steps gathered from a store, as contiguous numpy arrays in the order asked for.
 
     Attributes:
         observations: {key: [B, ...]}.
@@ -57,58 +62,76 @@ class Steps:
 
 
 class Store:
-    """Recorded behaviour as flat columns. Build with `from_episodes` or `open`.
+    """Recorded behaviour. Build with `from_episodes` or `open`.
 
     Attributes:
         spec: shapes, types, bounds and meaning.
         num_steps, num_episodes: N and E.
-        content_hash: SHA-256 over the columns' hashes: the identity of the data.
+        records: structured [N + E], see the module's docstring; memory-mapped when the store is on disk.
+        observations: {key: [N + E, ...]}, views into the records.
+        starts: int64 [E + 1], first step of each episode, and N.
+        terminated, truncated: bool [E].
+        episode_table: {"instruction", "provenance"} of each episode.
+        notes: what the reader that made the store dropped or assumed, one sentence each.
+        content_hash: SHA-256 over the columns' hashes and the episode table: the identity of the data.
     """
 
     def __init__(
-        self, spec: Spec, columns: dict[str, Array], episodes: list[dict[str, str | None]], content_hash: str
+        self,
+        spec: Spec,
+        records: Array,
+        columns: dict[str, Array],
+        episodes: list[EpisodeRow],
+        content_hash: str,
+        notes: Sequence[str] = (),
     ) -> None:
         self.spec = spec
-        self.columns = columns
         self.content_hash = content_hash
-        self._episodes = episodes
-        self.observations = {key: columns[f"observations.{key}"] for key in spec.observations}
-        self.actions = columns["actions"]
-        self.rewards = columns["rewards"]
-        self.episode_index = columns["episode_index"]
-        self.starts = columns["starts"]
-        self.terminated = columns["terminated"]
-        self.truncated = columns["truncated"]
-        self.num_steps = len(self.actions)
+        self.notes = tuple(notes)
+        # np.asarray drops the memmap subclass, whose indexing is slow; per-episode columns are small: keep them in RAM
+        self.records = np.asarray(records)
+        self.episode_index = np.asarray(columns["episode_index"])
+        self.starts = np.array(columns["starts"])
+        self.terminated = np.array(columns["terminated"])
+        self.truncated = np.array(columns["truncated"])
+        self.observations = {key: self.records[_field(key)] for key in spec.observations}
+        self.num_steps = int(self.starts[-1])
         self.num_episodes = len(self.terminated)
-        ends = np.asarray(self.starts[1:]) - 1
-        terminal = np.zeros(self.num_steps, bool)
-        terminal[ends[np.asarray(self.terminated)]] = True
-        self._terminal_steps = terminal
+        self._last_steps = self.starts[1:] - 1
+        self.episode_table = episodes
 
     def __len__(self) -> int:
         """Return the number of steps N."""
         return self.num_steps
 
     @classmethod
-    def from_episodes(cls, episodes: Iterable[Episode], path: str | Path | None = None, spec: Spec | None = None) -> Store:
+    def from_episodes(
+        cls,
+        episodes: Iterable[Episode],
+        path: str | Path | None = None,
+        spec: Spec | None = None,
+        notes: Sequence[str] = (),
+    ) -> Store:
         """Build a store from episodes, one at a time: in memory, or on disk at `path` with bounded memory.
 
         Args:
             episodes: at least one episode; all must fit the first one's spec.
             path: directory to write; it must not exist.
-            spec: spec to record (with bounds and meaning); default is what the arrays show.
+            spec: spec to record (with bounds and meaning); default is what the arrays show. Arrays are cast to its
+                types; without it, a later episode must fit the first one's types without loss.
+            notes: sentences to keep with the data; read after the last episode.
+
+        Raises:
+            DataError: no episodes, an episode that does not fit, or `path` exists.
         """
-        if path is None:
-            writer: _MemoryWriter | _DiskWriter = _MemoryWriter()
-        else:
-            writer = _DiskWriter(Path(path))
+        target = None if path is None else Path(path)
+        writer = _Writer(spec, _MemorySink() if target is None else _DiskSink(target))
         try:
             for episode in episodes:
-                writer.add(episode, spec)
-            return writer.close()
+                writer.add(episode)
+            return writer.close(notes)
         except BaseException:
-            writer.abort()
+            writer.sink.abort()
             raise
 
     @classmethod
@@ -117,58 +140,57 @@ class Store:
 
         Args:
             path: the store's directory.
-            verify: compare every column with its SHA-256. Only sizes are compared otherwise.
+            verify: compare every column with its SHA-256 (reads everything once). Only sizes are compared otherwise.
 
         Raises:
             DataError: a file is missing, truncated or altered.
         """
         path = Path(path)
         header = _read_header(path)
-        columns: dict[str, Array] = {}
-        for name, entry in header["columns"].items():
-            file = path / f"{name}.npy"
+        for name, entry in header["files"].items():
+            file = path / name
             if not file.is_file():
-                raise DataError(f"{file}: missing; the store lists it")
+                raise DataError(f"{file}: missing; {path / 'store.json'} lists it")
             if file.stat().st_size != entry["bytes"]:
-                raise DataError(f"{file}: has {file.stat().st_size} bytes, expected {entry['bytes']}; truncated or altered")
-            if verify and _file_hash(file) != entry["sha256"]:
+                raise DataError(
+                    f"{file}: has {file.stat().st_size} bytes, expected {entry['bytes']}; truncated or altered"
+                )
+            if (verify or name == "episodes.json") and file_hash(file) != entry["sha256"]:
                 raise DataError(f"{file}: content does not match its SHA-256; altered or damaged")
-            columns[name] = np.load(file, mmap_mode="r", allow_pickle=False)
-        table = path / "episodes.json"
-        if not table.is_file() or _file_hash(table) != header["episodes_sha256"]:
-            raise DataError(f"{table}: missing, altered or damaged")
-        spec = _spec_from_plain(header["spec"], path)
-        # small per-episode and per-step index columns are read into memory: they are touched by every gather
-        for name in ("starts", "terminated", "truncated"):
-            columns[name] = np.array(columns[name])
-        return cls(spec, columns, json.loads(table.read_text()), header["content_hash"])
+        spec = spec_from_plain(header["spec"], path / "store.json")
+        columns = {name: np.memmap(path / f"{name}.bin", dtype, "r") for name, dtype in _COLUMNS.items()}
+        records = np.memmap(path / "records.bin", _record_dtype(spec), "r")
+        table = json.loads((path / "episodes.json").read_text(encoding="utf-8"))
+        return cls(spec, records, columns, table, header["content_hash"], header["notes"])
 
     def gather(self, indices: Indices) -> Steps:
         """Return the steps at `indices` [B] (0 <= index < num_steps)."""
-        rows = indices + self.episode_index[indices]
+        numbers = self.episode_index.take(indices)
+        rows = indices + numbers
+        now, then = self.records.take(rows), self.records.take(rows + 1)
         return Steps(
-            observations={key: column[rows] for key, column in self.observations.items()},
-            actions=self.actions[indices],
-            rewards=self.rewards[indices],
-            next_observations={key: column[rows + 1] for key, column in self.observations.items()},
-            terminated=self._terminal_steps[indices],
+            observations={key: np.ascontiguousarray(now[_field(key)]) for key in self.spec.observations},
+            actions=np.ascontiguousarray(now["actions"]),
+            rewards=np.ascontiguousarray(now["rewards"]),
+            next_observations={key: np.ascontiguousarray(then[_field(key)]) for key in self.spec.observations},
+            terminated=self.terminated.take(numbers) & (self._last_steps.take(numbers) == indices),
         )
 
     def episode(self, number: int) -> Episode:
-        """Return episode `number` (copied into memory)."""
-        start, stop = int(self.starts[number]), int(self.starts[number + 1])
-        observations = {
-            key: np.array(column[start + number : stop + number + 1]) for key, column in self.observations.items()
-        }
+        """Return episode `number` (0 <= number < num_episodes), copied into memory."""
+        if not 0 <= number < self.num_episodes:
+            raise IndexError(f"episode {number} of {self.num_episodes}")
+        start, stop = int(self.starts[number]) + number, int(self.starts[number + 1]) + number
+        observations = {key: column[start : stop + 1].copy() for key, column in self.observations.items()}
         plain = list(observations) == ["observation"]
         return Episode(
             observations=observations["observation"] if plain else observations,
-            actions=np.array(self.actions[start:stop]),
-            rewards=np.array(self.rewards[start:stop]),
+            actions=self.records["actions"][start:stop].copy(),
+            rewards=self.records["rewards"][start:stop].copy(),
             terminated=bool(self.terminated[number]),
             truncated=bool(self.truncated[number]),
-            instruction=self._episodes[number]["instruction"],
-            provenance=self._episodes[number]["provenance"] or "",
+            instruction=self.episode_table[number]["instruction"],
+            provenance=self.episode_table[number]["provenance"] or "",
         )
 
     def episodes(self) -> Iterator[Episode]:
@@ -177,159 +199,161 @@ class Store:
             yield self.episode(number)
 
     @property
+    def actions(self) -> Array:
+        """All actions [N, ...], copied into memory at every use; for data larger than RAM use `episodes`."""
+        return self._of_steps("actions")
+
+    @property
+    def rewards(self) -> npt.NDArray[np.float64]:
+        """All raw rewards, float64 [N], copied into memory at every use (8 bytes a step)."""
+        return self._of_steps("rewards")
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Number of steps of each episode, [E]."""
         return np.diff(self.starts)
 
     def episode_returns(self) -> npt.NDArray[np.float64]:
         """Undiscounted sum of raw rewards of each episode, [E]."""
-        return np.add.reduceat(np.asarray(self.rewards), np.asarray(self.starts[:-1]))
+        # the last record of each episode has reward 0, so whole record ranges may be summed
+        return np.add.reduceat(self.records["rewards"], self.starts[:-1] + np.arange(self.num_episodes))
+
+    def _of_steps(self, field: str) -> Array:
+        """Copy one field of all records but the last of each episode."""
+        chosen = np.ones(len(self.records), bool)
+        chosen[self.starts[1:] + np.arange(self.num_episodes)] = False
+        return self.records[field][chosen]
 
 
-def _columns_of(episode: Episode) -> dict[str, Array]:
-    columns = {f"observations.{key}": values for key, values in episode.observation_dict.items()}
-    return columns | {"actions": episode.actions, "rewards": np.asarray(episode.rewards, np.float64)}
+def _field(key: str) -> str:
+    return f"observations.{key}"
 
 
-class _Writer:
-    """Shared bookkeeping of the two writers."""
+def _record_dtype(spec: Spec) -> np.dtype[np.void]:
+    """Return the packed record of one observation and the step that follows it; aligned, so that torch can view it."""
+    fields = [(_field(key), np.dtype(item.dtype).newbyteorder("<"), item.shape) for key, item in spec.observations.items()]
+    fields.append(("actions", np.dtype(spec.actions.dtype).newbyteorder("<"), spec.actions.shape))
+    fields.append(("rewards", np.dtype("<f8"), ()))
+    return np.dtype(fields, align=True)
+
+
+class _MemorySink:
+    """Collects records in memory."""
 
     def __init__(self) -> None:
-        self.spec: Spec | None = None
-        self.lengths: list[int] = []
-        self.terminated: list[bool] = []
-        self.truncated: list[bool] = []
-        self.table: list[dict[str, str | None]] = []
+        self.parts: list[Array] = []
+        self.sha = hashlib.sha256()
 
-    def add(self, episode: Episode, spec: Spec | None) -> None:
-        if self.spec is None:
-            self.spec = spec or episode.spec
-        self.spec.require_match(episode.spec if spec is None else _with_bounds(episode.spec, spec),
-                                "the data set", f"episode {episode.provenance or len(self.lengths)}")
-        self.append({name: self._cast(name, values) for name, values in _columns_of(episode).items()})
-        self.lengths.append(len(episode))
-        self.terminated.append(episode.terminated)
-        self.truncated.append(episode.truncated)
-        self.table.append({"instruction": episode.instruction, "provenance": episode.provenance})
+    def append(self, records: Array) -> None:
+        self.parts.append(records)
+        self.sha.update(records.view(np.uint8))
 
-    def _cast(self, name: str, values: Array) -> Array:
-        assert self.spec is not None
-        if name == "rewards":
-            return values
-        entry = self.spec.actions if name == "actions" else self.spec.observations[name.removeprefix("observations.")]
-        return np.ascontiguousarray(values, dtype=entry.dtype)
-
-    def append(self, columns: dict[str, Array]) -> None:
-        raise NotImplementedError
-
-    def index_columns(self) -> dict[str, Array]:
-        if not self.lengths:
-            raise DataError("no episodes: a store needs at least one")
-        starts = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        return {
-            "episode_index": np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths),
-            "starts": starts,
-            "terminated": np.array(self.terminated),
-            "truncated": np.array(self.truncated),
-        }
-
-
-def _with_bounds(found: Spec, given: Spec) -> Spec:
-    """Discrete actions seen in one episode need not reach the highest one: compare shapes and types only."""
-    import dataclasses
-
-    return dataclasses.replace(found, num_actions=given.num_actions)
-
-
-class _MemoryWriter(_Writer):
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: dict[str, list[Array]] = {}
-
-    def append(self, columns: dict[str, Array]) -> None:
-        for name, values in columns.items():
-            self.parts.setdefault(name, []).append(values)
-
-    def close(self) -> Store:
-        columns = self.index_columns() | {name: np.concatenate(parts) for name, parts in self.parts.items()}
-        assert self.spec is not None
-        hashes = {name: hashlib.sha256(np.ascontiguousarray(values)).hexdigest() for name, values in columns.items()}
-        return Store(self.spec, columns, self.table, _content_hash(hashes, self.table))
+    def close(self, spec: Spec, columns: dict[str, Array], table: list[EpisodeRow], notes: Sequence[str]) -> Store:
+        hashes = {"records": self.sha.hexdigest()} | {name: _array_hash(column) for name, column in columns.items()}
+        return Store(spec, np.concatenate(self.parts), columns, table, _content_hash(hashes, table), notes)
 
     def abort(self) -> None:
         self.parts.clear()
 
 
-class _DiskWriter(_Writer):
-    """Streams raw columns to a staging directory, then puts the .npy headers in front and renames."""
+class _DiskSink:
+    """Streams records to a staging directory, which takes its final name only when it is complete."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
         if path.exists():
             raise DataError(f"{path}: already exists; choose another path or remove it")
         self.path = path
         self.staging = path.with_name(path.name + ".partial")
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(parents=True)
-        self.files: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-        self.rows: dict[str, int] = {}
-        self.hashes: dict[str, Any] = {}
+        self.file: BinaryIO = (self.staging / "records.bin").open("wb")
+        self.sha = hashlib.sha256()
 
-    def append(self, columns: dict[str, Array]) -> None:
-        for name, values in columns.items():
-            if name not in self.files:
-                self.files[name] = (self.staging / f"{name}.raw").open("wb")
-                self.shapes[name] = (values.shape[1:], values.dtype)
-                self.rows[name] = 0
-                self.hashes[name] = hashlib.sha256()
-            self.files[name].write(values.data if values.ndim else values.tobytes())
-            self.hashes[name].update(values.data)
-            self.rows[name] += len(values)
+    def append(self, records: Array) -> None:
+        raw = records.view(np.uint8)
+        self.file.write(raw.data)
+        self.sha.update(raw)
 
-    def close(self) -> Store:
-        assert self.spec is not None or not self.lengths
-        data_hashes: dict[str, str] = {}
-        entries: dict[str, dict[str, Any]] = {}
-        index = self.index_columns()
-        for name, values in index.items():
-            np.save(self.staging / f"{name}.npy", values, allow_pickle=False)
-            data_hashes[name] = hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
-        for name, raw in self.files.items():
-            raw.close()
-            shape, dtype = self.shapes[name]
-            target = self.staging / f"{name}.npy"
-            with target.open("wb") as out, (self.staging / f"{name}.raw").open("rb") as source:
-                np.lib.format.write_array_header_1_0(
-                    out,
-                    {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
-                     "shape": (self.rows[name], *shape)},
-                )
-                shutil.copyfileobj(source, out, 1 << 24)
-            (self.staging / f"{name}.raw").unlink()
-            data_hashes[name] = self.hashes[name].hexdigest()
-        for name in (*index, *self.files):
-            file = self.staging / f"{name}.npy"
-            entries[name] = {"bytes": file.stat().st_size, "sha256": _file_hash(file)}
-        table = self.staging / "episodes.json"
-        table.write_text(json.dumps(self.table))
-        assert self.spec is not None
+    def close(self, spec: Spec, columns: dict[str, Array], table: list[EpisodeRow], notes: Sequence[str]) -> Store:
+        self.file.close()
+        hashes = {"records": self.sha.hexdigest()} | {name: _array_hash(column) for name, column in columns.items()}
+        for name, column in columns.items():
+            column.tofile(self.staging / f"{name}.bin")
+        (self.staging / "episodes.json").write_text(json.dumps(table), encoding="utf-8")
+        sha_of = {f"{name}.bin": sha for name, sha in hashes.items()}
+        sha_of["episodes.json"] = file_hash(self.staging / "episodes.json")
         header = {
             "format": FORMAT,
-            "spec": pydantic.TypeAdapter(Spec).dump_python(self.spec, mode="json"),
-            "columns": entries,
-            "episodes_sha256": _file_hash(table),
-            "content_hash": _content_hash(data_hashes, self.table),
+            "num_steps": int(columns["starts"][-1]),
+            "num_episodes": len(table),
+            "spec": spec_to_plain(spec),
+            "notes": list(notes),
+            "files": {
+                name: {"bytes": (self.staging / name).stat().st_size, "sha256": sha} for name, sha in sha_of.items()
+            },
+            "content_hash": _content_hash(hashes, table),
         }
-        header["header_sha256"] = _plain_hash(header)
-        (self.staging / "store.json").write_text(json.dumps(header, indent=2, sort_keys=True))
+        header["header_sha256"] = plain_hash(header)
+        (self.staging / "store.json").write_text(json.dumps(header, indent=2, sort_keys=True), encoding="utf-8")
         os.replace(self.staging, self.path)
         return Store.open(self.path, verify=False)
 
     def abort(self) -> None:
-        for raw in self.files.values():
-            raw.close()
+        self.file.close()
         shutil.rmtree(self.staging, ignore_errors=True)
+
+
+class _Writer:
+    """Checks episodes against the spec and turns them into records."""
+
+    def __init__(self, spec: Spec | None, sink: _MemorySink | _DiskSink) -> None:
+        self.given, self.spec, self.sink = spec is not None, spec, sink
+        self.lengths: list[int] = []
+        self.terminated: list[bool] = []
+        self.truncated: list[bool] = []
+        self.table: list[EpisodeRow] = []
+
+    def add(self, episode: Episode) -> None:
+        found = episode.spec
+        if self.spec is None:
+            self.spec = found
+        name = f"episode {episode.provenance or len(self.lengths)}"
+        # the highest action of one episode says little about how many actions there are
+        if found.num_actions is not None and self.spec.num_actions is not None:
+            if not self.given:
+                count = max(self.spec.num_actions, found.num_actions)
+                self.spec = dataclasses.replace(self.spec, num_actions=count)
+            elif found.num_actions > self.spec.num_actions:
+                raise DataError(f"{name}: action {found.num_actions - 1} found, expected 0..{self.spec.num_actions - 1}")
+            found = dataclasses.replace(found, num_actions=self.spec.num_actions)
+        self.spec.require_match(found, "the data set", name)
+
+        records = np.zeros(len(episode) + 1, _record_dtype(self.spec))
+        for key, values in episode.observation_dict.items():
+            records[_field(key)] = self._cast(values, records.dtype[_field(key)].base, name, f"observation {key!r}")
+        records["actions"][:-1] = self._cast(episode.actions, records.dtype["actions"].base, name, "actions")
+        records["rewards"][:-1] = episode.rewards
+        self.sink.append(records)
+        self.lengths.append(len(episode))
+        self.terminated.append(episode.terminated)
+        self.truncated.append(episode.truncated)
+        self.table.append({"instruction": episode.instruction, "provenance": episode.provenance})
+
+    def _cast(self, values: Array, dtype: np.dtype[Any], name: str, what: str) -> Array:
+        if not np.can_cast(values.dtype, dtype, "same_kind" if self.given else "safe"):
+            raise DataError(f"{name}: {what} has type {values.dtype}, which does not fit {dtype} of the data set")
+        return values.astype(dtype, copy=False)
+
+    def close(self, notes: Sequence[str]) -> Store:
+        if self.spec is None:
+            raise DataError("no episodes: a store needs at least one")
+        columns: dict[str, Array] = {
+            "episode_index": np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths),
+            "starts": np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64),
+            "terminated": np.array(self.terminated),
+            "truncated": np.array(self.truncated),
+        }
+        return self.sink.close(self.spec, columns, self.table, notes)
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -337,32 +361,48 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{path}: not a store (no store.json in it)")
     try:
-        header: dict[str, Any] = json.loads(file.read_text())
+        header: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         format_name, expected = header["format"], header.pop("header_sha256")
     except (ValueError, KeyError, AttributeError, TypeError):
         raise DataError(f"{file}: not a store header; altered or damaged") from None
     if format_name != FORMAT:
         raise DataError(f"{file}: format is {format_name!r}, expected {FORMAT!r}")
-    if _plain_hash(header) != expected:
+    if plain_hash(header) != expected:
         raise DataError(f"{file}: header does not match its SHA-256; altered or damaged")
     return header
 
 
-def _spec_from_plain(plain: Any, path: Path) -> Spec:
+def spec_to_plain(spec: Spec) -> Any:
+    """Return a spec as plain values for JSON."""
+    return pydantic.TypeAdapter(Spec).dump_python(spec, mode="json")
+
+
+def spec_from_plain(plain: Any, where: Path) -> Spec:
+    """Read a spec back from plain values; `where` names the file in errors.
+
+    Raises:
+        DataError: it is not a spec.
+    """
     try:
         return pydantic.TypeAdapter(Spec).validate_json(json.dumps(plain))
     except pydantic.ValidationError as error:
-        raise DataError(f"{path / 'store.json'}: bad spec: {error.errors()[0]['msg']}") from None
+        raise DataError(f"{where}: bad spec: {error.errors()[0]['msg']}") from None
 
 
-def _plain_hash(plain: dict[str, Any]) -> str:
+def plain_hash(plain: Any) -> str:
+    """Return the SHA-256 of plain values as sorted JSON."""
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _content_hash(column_hashes: dict[str, str], table: list[dict[str, str | None]]) -> str:
-    return _plain_hash({"columns": column_hashes, "episodes": table})
-
-
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _array_hash(values: Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8)).hexdigest()
+
+
+def _content_hash(hashes: dict[str, str], table: list[EpisodeRow]) -> str:
+    return plain_hash({"columns": hashes, "episodes": table})

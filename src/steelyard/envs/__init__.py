@@ -1,0 +1,1 @@
+"""Where agents act: Gymnasium adapters, and behaviour policies that make prior data."""

@@ -20,7 +20,11 @@ class FiniteGuard:
         self._first_bad: dict[str, Tensor] = {}
 
     def watch(self, name: str, value: Tensor, step: int) -> None:
-        """Note whether `value` (any shape) is finite at `step`."""
+        """Note whether `value` (any shape) is finite at `step`; on the CPU, where looking costs nothing, raise at once."""
+        if value.device.type == "cpu":
+            if not bool(torch.isfinite(value.detach()).all()):
+                raise _not_finite(name, step)
+            return
         finite = torch.isfinite(value.detach()).all()
         before = self._first_bad.get(name)
         if before is None:
@@ -37,7 +41,13 @@ class FiniteGuard:
         bad = {name: int(step) for name, step in self._first_bad.items() if int(step) >= 0}
         if bad:
             name = min(bad, key=lambda key: bad[key])
-            raise NonFiniteError(f"{name} is not finite at update step {bad[name]}; training stopped, the last good checkpoint stays")
+            raise _not_finite(name, bad[name])
+
+
+def _not_finite(name: str, step: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"{name} is not finite at update step {step}; training stopped, the last good checkpoint stays"
+    )
 
 
 def require_finite(name: str, value: Tensor, step: int, unit: str = "environment step") -> None:

@@ -1,0 +1,104 @@
+"""Sources of batches: what the loop asks for data, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from steelyard.data.batch import TransitionBatch
+from steelyard.data.normalize import Normalizer
+from steelyard.data.returns import RewardConfig, returns_to_go
+from steelyard.data.sampler import Indices, Sampler, uniform_indices
+from steelyard.data.store import Store
+from steelyard.objectives.actor_critic import DataStatistics
+
+CHUNK = 1 << 16
+
+
+class Source(Protocol):
+    """Gives the batch of each update step."""
+
+    def batch(self, step: int) -> Any:
+        """Return the batch of update `step`."""
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """Return what the log should show beside the update step, e.g. {"env_step": 400}."""
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return everything that is not a pure function of the step, for the checkpoint."""
+        ...
+
+    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` returned."""
+        ...
+
+
+class OfflineSource:
+    """Batches of transitions from a store, rewards scaled and biased, with returns-to-go. Stateless."""
+
+    def __init__(
+        self, store: Store, rewards: RewardConfig, discount: float, batch_size: int, seed: int, sampler: Sampler | None = None
+    ) -> None:
+        self.store, self.batch_size, self.seed = store, batch_size, seed
+        self._sampler = sampler
+        raw = np.asarray(store.rewards, np.float64)
+        self.rewards = rewards.transform(raw).astype(np.float32)
+        self.returns_to_go = np.empty(store.num_steps, np.float32)
+        for number in range(store.num_episodes):
+            rows = slice(int(store.starts[number]), int(store.starts[number + 1]))
+            self.returns_to_go[rows] = returns_to_go(raw[rows], bool(store.terminated[number]), discount, rewards)
+
+    def batch(self, step: int) -> TransitionBatch:
+        """Return the batch of update `step`: a pure function of (seed, step)."""
+        if self._sampler is not None:
+            return self.gather(self._sampler.indices(step))
+        return self.gather(uniform_indices(self.store.num_steps, self.batch_size, self.seed, "batch/offline", step))
+
+    def gather(self, indices: Indices) -> TransitionBatch:
+        """Return the transitions at `indices` [B]."""
+        steps = self.store.gather(indices)
+        return TransitionBatch(
+            observations=torch.from_numpy(concatenated(steps.observations)),
+            actions=torch.from_numpy(np.ascontiguousarray(steps.actions, np.float32)),
+            rewards=torch.from_numpy(self.rewards[indices]),
+            next_observations=torch.from_numpy(concatenated(steps.next_observations)),
+            masks=torch.from_numpy(1.0 - steps.terminated.astype(np.float32)),
+            returns_to_go=torch.from_numpy(self.returns_to_go[indices]),
+            is_offline=torch.ones(len(indices)),
+        )
+
+    def statistics(self) -> DataStatistics:
+        """Return normaliser statistics over all observations and the mean return-to-go."""
+
+        def chunks() -> Iterator[npt.NDArray[np.float32]]:
+            columns = self.store.observations
+            rows = self.store.num_steps + self.store.num_episodes
+            for start in range(0, rows, CHUNK):
+                yield concatenated({key: column[start : start + CHUNK] for key, column in columns.items()})
+
+        normalizer = Normalizer.fit(chunks())
+        return DataStatistics(normalizer.mean, normalizer.scale, float(self.returns_to_go.mean(dtype=np.float64)))
+
+    def counters(self) -> dict[str, int]:
+        """Return {"env_step": 0}: no environment is involved."""
+        return {"env_step": 0}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return nothing: the step says it all."""
+        return {}
+
+    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore."""
+
+
+def concatenated(observations: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    """Concatenate observation arrays [B, ...] in the spec's order to float32 [B, O]."""
+    parts = [np.asarray(values, np.float32).reshape(len(values), -1) for values in observations.values()]
+    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)

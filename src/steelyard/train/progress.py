@@ -1,0 +1,61 @@
+"""Progress with rate and time left: a rich bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 15.0
+
+
+class ProgressLine:
+    """Shows how far a loop is: `with ProgressLine("offline", total) as line: line.advance_to(done, "success 0.4")`."""
+
+    def __init__(self, label: str, total: int, start: int = 0, quiet: bool = False) -> None:
+        self.label, self.total, self.start = label, total, start
+        self.console = Console(stderr=True)
+        self.plain = not self.console.is_terminal
+        self.quiet = quiet
+        self._began = self._shown = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if not self.quiet and not self.plain:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.start, rate="", note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance_to(self, done: int, note: str = "") -> None:
+        """Show that `done` of `total` are finished."""
+        if self.quiet:
+            return
+        now = time.monotonic()
+        rate = (done - self.start) / max(now - self._began, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rate=f"{rate:.0f}/s", note=note)
+        elif now - self._shown >= PLAIN_SECONDS or done == self.total:
+            self._shown = now
+            left = (self.total - done) / max(rate, 1e-9)
+            tail = f", {note}" if note else ""
+            print(f"{self.label}: {done}/{self.total}, {rate:.0f}/s, {left:.0f} s left{tail}", file=sys.stderr, flush=True)
