@@ -85,7 +85,8 @@ def measure(sizes: list[int], repeats: int, folder: Path) -> dict[str, object]:
         for size, store in stores.items():
             indices, others = rng.integers(size, size=BATCH), rng.integers(size, size=BATCH)
             elapsed = timed(lambda store=store, indices=indices: store.gather(indices))
-            whole = timed(lambda store=store, size=size: tensors(store.gather(samplers[size].indices(repeat))))
+            sampler = samplers[size]
+            whole = timed(lambda store=store, s=sampler, step=repeat: tensors(store.gather(s.indices(step))))
             baseline = timed(lambda size=size, others=others: plain[size].take(others, 0))
             if repeat >= 50:
                 gather[size].append(elapsed)

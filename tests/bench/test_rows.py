@@ -32,8 +32,15 @@ def test_a_run_reads_back_as_written(tmp_path):
     assert tuple(run.points("offline").step) == OFFLINE
     at_2000 = [row["score"] for row in rows if row["phase"] == "online" and row["env_step"] == 2000]
     assert online.score[2] == np.mean(at_2000)
-    assert set(run.metrics) >= {"loss/critic", "critic/q_mean"}
+    assert set(run.metrics) >= {"loss/td", "critic/q_data"}
     assert len(run.calibration.q) == 600
+
+
+def test_a_run_without_prior_data_has_no_data_hash(tmp_path):
+    path = make_run(tmp_path)
+    case = json.loads((path / "case.json").read_text())
+    (path / "case.json").write_text(json.dumps(case | {"data_hash": None}))
+    assert read_run(path).data_hash is None
 
 
 def test_success_may_be_absent(tmp_path):
@@ -46,6 +53,11 @@ def test_success_may_be_absent(tmp_path):
     [
         ("score", "high", r"eval.jsonl, line 2: key 'score': expected a finite number, found 'high'"),
         ("score", float("nan"), r"line 2: key 'score': expected a finite number"),
+        (
+            "score",
+            None,
+            r"key 'score': expected a number .a task without a success rule needs a score range., found None",
+        ),
         ("score", True, r"line 2: key 'score': expected a finite number"),
         ("score", ..., r"line 2: key 'score' is missing"),
         ("env_step", 1.5, r"line 2: key 'env_step': expected an integer, found 1.5"),
@@ -87,7 +99,7 @@ def test_broken_json_and_wrong_status_are_named(tmp_path):
     with pytest.raises(DataError, match=r"metrics.jsonl, line \d+: not valid JSON"):
         read_run(path)
     (path / "status.json").write_text('{"status": "perhaps"}')
-    with pytest.raises(DataError, match="expected done, failed or running, found 'perhaps'"):
+    with pytest.raises(DataError, match="expected one of done, failed, running, interrupted, found 'perhaps'"):
         read_run(path)
     (path / "status.json").write_text("[1]")
     with pytest.raises(DataError, match="expected a JSON object, found list"):
@@ -138,3 +150,23 @@ def test_runs_are_found_below_a_directory(tmp_path):
         find_runs(tmp_path / "empty")
     with pytest.raises(DataError, match="no such directory"):
         find_runs(tmp_path / "nowhere")
+
+
+def test_a_metric_that_was_not_finite_is_null_in_the_file_and_nan_here(tmp_path):
+    path = make_run(tmp_path)
+    edit_line(path / "metrics.jsonl", 1, **{"loss/td": float("nan")})
+    (path / "metrics.jsonl").write_text((path / "metrics.jsonl").read_text().replace("NaN", "null"))
+    values = read_run(path).metrics["loss/td"].value
+    assert np.isnan(values[0])
+    assert np.isfinite(values[1:]).all()
+    edit_line(path / "metrics.jsonl", 1, **{"loss/td": "high"})
+    with pytest.raises(DataError, match=r"line 1: key 'loss/td': expected a number or null"):
+        read_run(path)
+
+
+def test_two_evaluations_at_one_environment_step_stay_apart(tmp_path):
+    path = make_run(tmp_path, episodes=2)
+    rows = (path / "eval.jsonl").read_text().splitlines()
+    again = [json.dumps(json.loads(row) | {"update_step": 99999}) for row in rows[-2:]]
+    (path / "eval.jsonl").write_text("\n".join(rows + again) + "\n")
+    assert tuple(read_run(path).points("online").step) == (*GRID, GRID[-1])

@@ -25,7 +25,9 @@ def walk(length: int, seed: int, terminated: bool = False, truncated: bool | Non
 
 def walks(lengths: Sequence[int] = (5, 1, 8, 3), first_seed: int = 0) -> list[Episode]:
     return [
-        walk(n, first_seed + i, terminated=i % 2 == 0, instruction="reach the ▲" if i == 1 else None, provenance=f"w#{i}")
+        walk(
+            n, first_seed + i, terminated=i % 2 == 0, instruction="reach the ▲" if i == 1 else None, provenance=f"w#{i}"
+        )
         for i, n in enumerate(lengths)
     ]
 

@@ -99,7 +99,7 @@ class Reference:
         return learner
 
     def critic_layout(self, source: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """Linear layers per critic (weight [out, in]) -> our stacked [E, in, out] with a split first layer."""
+        """Linear layers per critic (weight [out, in]) -> our ensemble's stacked [E, in, out]."""
 
         def stack(layer: str) -> tuple[Tensor, Tensor]:
             weight = torch.stack([source[f"{prefix}{i}.{layer}.weight"].reshape(-1, width(layer)).T for i in range(2)])
@@ -111,14 +111,9 @@ class Reference:
         def width(layer: str) -> int:
             return sizes[-1] if layer == "output" else sizes[int(layer.removeprefix("hidden"))]
 
-        first, first_bias = stack("hidden0")
-        found = {
-            "state_weight": first[:, : self.case["observation"]],
-            "action_weight": first[:, self.case["observation"] :],
-            "first_bias": first_bias,
-        }
-        for index in range(1, len(self.case["hidden"])):
-            found[f"hidden.{index - 1}.weight"], found[f"hidden.{index - 1}.bias"] = stack(f"hidden{index}")
+        found = {}
+        for index in range(len(self.case["hidden"])):
+            found[f"hidden.{index}.weight"], found[f"hidden.{index}.bias"] = stack(f"hidden{index}")
         found["output.weight"], found["output.bias"] = stack("output")
         return found
 

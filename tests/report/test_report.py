@@ -15,8 +15,9 @@ from steelyard.bench.rows import read_run
 from steelyard.cli.report import main
 from steelyard.errors import ConfigError, DataError
 from steelyard.report import write_report
+from steelyard.report.numbers import summarize
 from steelyard.report.plots import thin
-from steelyard.report.summary import summarize, terminal_table
+from steelyard.report.summary import notes, sentence, terminal_table
 from steelyard.rng import numpy_generator
 
 pytest.importorskip("matplotlib")
@@ -333,9 +334,10 @@ def test_a_case_whose_runs_all_failed_is_measured_on_the_plan_of_the_others(tmp_
 
 def test_running_or_no_runs_are_refused(tmp_path):
     run = make_run(tmp_path)
-    (run / "status.json").write_text('{"status": "running", "message": ""}')
-    with pytest.raises(DataError, match="not finished"):
-        write_report([run], tmp_path / "out", "t")
+    for status in ("running", "interrupted"):
+        (run / "status.json").write_text(json.dumps({"status": status, "message": ""}))
+        with pytest.raises(DataError, match=f"not finished .status '{status}'"):
+            write_report([run], tmp_path / "out", "t")
     with pytest.raises(DataError, match="at least one run"):
         write_report([], tmp_path / "out", "t")
 
@@ -347,10 +349,10 @@ def test_unpaired_seeds_and_other_data_are_said(tmp_path):
     rows = rows_of(runs[2])
     write_lines(runs[2] / "eval.jsonl", [row | {"episode_seed": row["episode_seed"] + 7} for row in rows])
     recipe = summarize([read_run(run) for run in runs]).recipes[0]
-    notes = " ".join(recipe.notes)
-    assert "share 1 seeds; 2 runs without a partner" in notes
-    assert "trained on different data" in notes
-    assert "start from different seeds" in notes
+    words = " ".join(notes(recipe))
+    assert "share 1 seeds; 2 runs without a partner" in words
+    assert "trained on different data" in words
+    assert "start from different seeds" in words
     assert all(row.difference.low is None for row in recipe.comparisons)
     write_report(runs, tmp_path / "out", "t")
 
@@ -393,16 +395,32 @@ def test_a_damaged_picture_is_named(tmp_path):
         write_report([run], tmp_path / "out", "t")
 
 
+def test_episode_pictures_say_what_they_are(tmp_path):
+    run = make_run(tmp_path, picture="maze")
+    (run / "render_error.txt").write_text("no display")
+    page = write_report([run], tmp_path / "out", "t").read_text()
+    assert "not rendered: no display" in page
+    assert "seen from above; it succeeds" in page
+    trajectory = json.loads((run / "trajectory.json").read_text())
+    (run / "trajectory.json").write_text(json.dumps(trajectory | {"maze": None}))
+    page = write_report([run], tmp_path / "out", "t").read_text()
+    assert "seen from above" not in page
+    assert "its first two observation entries" in page
+    (run / "trajectory.json").unlink()
+    (run / "render_error.txt").unlink()
+    assert "no picture, for no run has" in write_report([run], tmp_path / "out", "t").read_text()
+
+
 def test_sentence_speaks_of_direction_only_when_the_interval_does(two_cases):
     summary = summarize([read_run(path) for path in two_cases[0]])
     row = next(row for row in summary.recipes[0].comparisons if row.quantity == "evaluation_regret")
     words = "lower than CQL's by" if row.difference.low > 0 else "not clearly different from CQL's"
-    assert words in summary.sentence
-    assert "1 of 6 runs failed" in summary.sentence
+    assert words in sentence(summary)
+    assert "1 of 6 runs failed" in sentence(summary)
     turned = dataclasses.replace(row.difference, value=-0.2, low=-0.3, high=-0.1)
     from steelyard.report.summary import _comparison_words
 
-    assert _comparison_words(dataclasses.replace(row, difference=turned), "regret").startswith(
+    assert _comparison_words(dataclasses.replace(row, difference=turned), "Cal-QL", "regret").startswith(
         "regret higher than CQL's by 0.20 [0.10, 0.30]"
     )
 

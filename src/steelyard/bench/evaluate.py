@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from steelyard.envs.gym import VectorEnv
+from steelyard.envs.gym import EnvConfig, VectorEnv
 from steelyard.objectives.base import Policy
 from steelyard.rng import derive_seed, torch_generator
+
+Act = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+"""Observations [B, O] -> actions [B, A]."""
 
 
 def evaluate(
@@ -65,7 +70,7 @@ def evaluate(
                     "return": float(returns[index]),
                     "length": int(lengths[index]),
                     "success": won,
-                    "score": _score(won, float(returns[index]), score_range),
+                    "score": score_of(won, float(returns[index]), score_range),
                 }
             )
     return rows
@@ -77,7 +82,34 @@ def mean_score(rows: list[dict[str, Any]]) -> float | None:
     return None if None in scores else float(np.mean(scores))
 
 
-def _score(success: bool | None, total: float, score_range: tuple[float, float] | None) -> float | None:
+def play(config: EnvConfig, act: Act, seed: int, stream: str) -> dict[str, Any]:
+    """Play episode 0 of a stream and return its path as plain JSON (see the report's trajectory.json).
+
+    Mazes add their map (1 is a wall), the size of a cell and the goal, so that the path can be drawn from above.
+    """
+    env = VectorEnv(config, 1, seed, stream)
+    observations, actions = [env.reset_all(first_episode=0)[0]], []
+    success: bool | None = None
+    while not env.done[0]:
+        actions.append(act(observations[-1][None])[0])
+        result = env.step(actions[-1][None])
+        observations.append(result.observations[0])
+        success = None if result.success is None else bool(result.success[0])
+    path: dict[str, Any] = {
+        "observations": np.array(observations).tolist(),
+        "actions": np.array(actions).tolist(),
+        "success": success,
+    }
+    world: Any = env.envs[0].unwrapped
+    if hasattr(world, "maze"):
+        rows = [[int(cell == 1) for cell in row] for row in world.maze.maze_map]
+        path |= {"maze": rows, "cell_size": float(world.maze.maze_size_scaling), "goal": np.array(world.goal).tolist()}
+    env.close()
+    return path
+
+
+def score_of(success: bool | None, total: float, score_range: tuple[float, float] | None) -> float | None:
+    """Return the score of an episode: success as 0 or 1, else the return mapped by `score_range`, else None."""
     if success is not None:
         return float(success)
     if score_range is not None:

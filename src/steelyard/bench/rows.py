@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Phase = Literal["offline", "online"]
-Status = Literal["done", "failed", "running"]
+Status = Literal["done", "failed", "running", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Points:
     """The evaluations of one phase, P of them: every episode belongs to one point."""
 
     step: Ints
-    """[P] environment steps (online) or update steps (offline), increasing."""
+    """[P] environment steps (online) or update steps (offline), in training order."""
     score: Floats
     """[P] mean score of the episodes of the point."""
     episodes: tuple[Ints, ...]
@@ -98,7 +98,8 @@ class Run:
     label: str
     seed: int
     config_hash: str
-    data_hash: str
+    data_hash: str | None
+    """None for a run without prior data."""
     config: dict[str, Any]
     environment: dict[str, Any]
     status: Status
@@ -112,10 +113,15 @@ class Run:
         """Return the evaluation points of a phase, in order of their step."""
         rows = self.evaluations
         chosen = np.flatnonzero(rows.online == (phase == "online"))
-        steps = (rows.env_step if phase == "online" else rows.update_step)[chosen]
-        unique = np.unique(steps)
-        episodes = tuple(chosen[steps == step] for step in unique)
-        return Points(unique, np.array([rows.score[index].mean() for index in episodes], np.float64), episodes)
+        steps = rows.env_step if phase == "online" else rows.update_step
+        # the update step tells evaluations apart; two may fall on one environment step where many updates share it
+        updates = rows.update_step[chosen]
+        episodes = tuple(chosen[updates == update] for update in np.unique(updates))
+        return Points(
+            np.array([steps[index[0]] for index in episodes], np.int64),
+            np.array([rows.score[index].mean() for index in episodes], np.float64),
+            episodes,
+        )
 
 
 def read_run(path: str | Path) -> Run:
@@ -132,8 +138,9 @@ def read_run(path: str | Path) -> Run:
         raise DataError(f"{path}: no such run directory")
     case, status = _read_object(path / "case.json"), _read_object(path / "status.json")
     state = _field(status, "status", _text, path / "status.json")
-    if state not in ("done", "failed", "running"):
-        raise DataError(f"{path / 'status.json'}: key 'status': expected done, failed or running, found {state!r}")
+    if state not in get_args(Status):
+        expected = ", ".join(get_args(Status))
+        raise DataError(f"{path / 'status.json'}: key 'status': expected one of {expected}, found {state!r}")
     done = state == "done"
 
     evaluations = _evaluations(path / "eval.jsonl", required=done)
@@ -148,7 +155,7 @@ def read_run(path: str | Path) -> Run:
         label=_field(case, "label", _text, where),
         seed=_field(case, "seed", _integer, where),
         config_hash=_field(case, "config_hash", _text, where),
-        data_hash=_field(case, "data_hash", _text, where),
+        data_hash=_field(case, "data_hash", _text_or_none, where),
         config=_read_object(path / "config.json"),
         environment=_read_object(path / "environment.json"),
         status=state,
@@ -238,6 +245,16 @@ def _text(value: object) -> str:
     return value
 
 
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _score(value: object) -> float:
+    if value is None:
+        raise ValueError("a number (a task without a success rule needs a score range)")
+    return _number(value)
+
+
 def _success(value: object) -> float:
     if value is None:
         return math.nan
@@ -258,12 +275,18 @@ _EPISODE: dict[str, Any] = {
     "return": _number,
     "length": _integer,
     "success": _success,
-    "score": _number,
+    "score": _score,
 }
 _TRAINING = _EPISODE
 _EVALUATION = _EPISODE | {"phase": _is_online, "episode": _integer, "episode_seed": _integer}
 _CALIBRATION: dict[str, Any] = {"phase": _is_online, "q": _number, "return_to_go": _number}
-_DTYPES: dict[Any, Any] = {_integer: np.int64, _number: np.float64, _success: np.float64, _is_online: np.bool_}
+_DTYPES: dict[Any, Any] = {
+    _integer: np.int64,
+    _number: np.float64,
+    _score: np.float64,
+    _success: np.float64,
+    _is_online: np.bool_,
+}
 
 
 def _field(row: dict[str, Any], key: str, check: Any, where: Path | str) -> Any:
@@ -322,7 +345,7 @@ def _evaluations(path: Path, required: bool) -> Evaluations:
             raise DataError(f"{path}, line {line}: repeats the phase, steps and episode of line {seen[key]}")
         seen[key] = line
     if required and not seen:
-        raise DataError(f"{path}: no rows, although the run is done")
+        raise DataError(f"{path}: no evaluation episode, although the run is done; a report is made of evaluations")
     online = columns["phase"]
     if required and online.any() and not np.any(columns["env_step"][online] == 0):
         raise DataError(f"{path}: no online evaluation at env_step 0, which is the score before fine-tuning")
@@ -340,7 +363,7 @@ def _evaluations(path: Path, required: bool) -> Evaluations:
 
 
 def _read_metrics(path: Path, required: bool) -> dict[str, Series]:
-    """Read every `group/name` of metrics.jsonl; here NaN and infinity are allowed, for they are what one looks for."""
+    """Read every `group/name` of metrics.jsonl; null stands for a value that was not finite and becomes NaN."""
     steps: dict[str, list[int]] = {}
     values: dict[str, list[float]] = {}
     for where, row in _lines(path, required):
@@ -348,8 +371,8 @@ def _read_metrics(path: Path, required: bool) -> dict[str, Series]:
         for name, value in row.items():
             if "/" not in name:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise DataError(f"{where}: key {name!r}: expected a number, found {value!r:.80}")
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                raise DataError(f"{where}: key {name!r}: expected a number or null, found {value!r:.80}")
             steps.setdefault(name, []).append(step)
-            values.setdefault(name, []).append(float(value))
+            values.setdefault(name, []).append(math.nan if value is None else float(value))
     return {name: Series(np.array(steps[name], np.int64), np.array(values[name], np.float64)) for name in steps}

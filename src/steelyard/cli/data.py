@@ -232,7 +232,9 @@ def convert(argv: list[str]) -> int:
             write_dataset(store, args.dst, args.to)
     for note in store.notes:
         print(f"note: {note}")
-    print(f"wrote {args.dst}: {store.num_episodes} episodes, {store.num_steps} steps, content hash {store.content_hash}")
+    print(
+        f"wrote {args.dst}: {store.num_episodes} episodes, {store.num_steps} steps, content hash {store.content_hash}"
+    )
     return 0
 
 
@@ -255,7 +257,9 @@ def generate(argv: list[str]) -> int:
     args: Any = _parse(arguments, "generate point_maze", argv[1:])
     episodes = counted(behaviours.generate_point_maze(args.config), "made")
     store = Store.from_episodes(episodes, args.out, spec=behaviours.point_maze_spec(args.config.size))
-    print(f"wrote {args.out}: {store.num_episodes} episodes, {store.num_steps} steps, content hash {store.content_hash}")
+    print(
+        f"wrote {args.out}: {store.num_episodes} episodes, {store.num_steps} steps, content hash {store.content_hash}"
+    )
     return 0
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from steelyard.bench.rows import find_runs, read_run
 from steelyard.errors import ConfigError, SteelyardError
 from steelyard.report.html import write_report
-from steelyard.report.summary import summarize, terminal_table
+from steelyard.report.numbers import summarize
+from steelyard.report.summary import terminal_table
 
 
 @dataclass(frozen=True)

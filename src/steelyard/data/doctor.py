@@ -24,12 +24,14 @@ Severity = Literal["fault", "warning", "note"]
 Floats = npt.NDArray[np.float64]
 
 CHUNK_ROWS = 1 << 15
+CHUNK_BYTES = 1 << 24
 SAMPLE_ROWS = 1 << 14
 NEAR_CONSTANT = 1e-3  # the floor of `Normalizer.fit`
-EXPLODING = 50.0  # largest value against the 99.9 % quantile ...
+EXPLODING = 50.0  # largest value against the 99 % quantile ...
 LARGE = 100.0  # ... or against 1, whichever is larger
 TELEPORT = 8.0  # length of a step against the 95 % quantile of all steps ...
 TELEPORT_MIN = 0.25  # ... and at least this, in standard deviations (root mean square over dimensions)
+MOVING = 0.05  # share of steps in which a dimension must change to be judged for teleports: goals and flags do not
 NEARLY_ALL = 0.2  # share of actions beyond [-1, 1] up to which [-1, 1] still looks like the bounds
 MAX_DIMENSIONS = 256  # larger arrays are images: checked for NaN and repetition only
 
@@ -108,8 +110,8 @@ class Report:
         console.print(", ".join(f"{count} {name}{'s' if count != 1 else ''}" for name, count in counts.items()))
         s = self.summary
         console.print(
-            f"{s.num_episodes} episodes, {s.num_steps} steps; {s.num_terminated} terminated, {s.num_truncated} truncated; "
-            f"{s.positive_share:.1%} of the episodes have a positive reward"
+            f"{s.num_episodes} episodes, {s.num_steps} steps; {s.num_terminated} terminated, "
+            f"{s.num_truncated} truncated; {s.positive_share:.1%} of the episodes have a positive reward"
         )
         for name, values in (("length", s.lengths), ("return", s.returns)):
             console.print(f"{name}: minimum, quartiles, maximum = " + ", ".join(f"{value:.6g}" for value in values))
@@ -130,7 +132,7 @@ class _Chunk:
     first: int
     last: int
     row: int
-    records: Array
+    records: npt.NDArray[np.void]
     is_last: npt.NDArray[np.bool_]
     """[rows], true at the record after an episode's last action."""
     episode_of: npt.NDArray[np.int64]
@@ -144,27 +146,32 @@ class _Chunk:
 
 def _chunks(store: Store) -> Iterator[_Chunk]:
     rows = store.starts + np.arange(store.num_episodes + 1)
+    size = max(1, min(CHUNK_ROWS, CHUNK_BYTES // store.records.itemsize))
     first = 0
     while first < store.num_episodes:
-        last = max(first + 1, int(np.searchsorted(rows, rows[first] + CHUNK_ROWS, side="right")) - 1)
+        last = max(first + 1, int(np.searchsorted(rows, rows[first] + size, side="right")) - 1)
         lengths = np.diff(rows[first : last + 1])
         begin, end = int(rows[first]), int(rows[last])
         is_last = np.zeros(end - begin, bool)
         is_last[rows[first + 1 : last + 1] - 1 - begin] = True
         yield _Chunk(
-            first, last, begin, store.records[begin:end], is_last,
+            first,
+            last,
+            begin,
+            store.records[begin:end],
+            is_last,
             np.repeat(np.arange(first, last), lengths),
             np.arange(end - begin) - np.repeat(rows[first:last] - begin, lengths),
-        )  # fmt: skip
+        )
         first = last
 
 
 class _Column:
     """Running statistics of one array, dimension by dimension, over finite values."""
 
-    def __init__(self, name: str, size: int, numeric: bool) -> None:
-        self.name, self.detailed = name, numeric and size <= MAX_DIMENSIONS
-        self.count = np.zeros(size)
+    def __init__(self, name: str, size: int, detailed: bool) -> None:
+        self.name, self.detailed = name, detailed and size <= MAX_DIMENSIONS
+        self.count, self.changes = np.zeros(size), np.zeros(size)
         self.mean, self.squares = np.zeros(size), np.zeros(size)
         self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
         self.bad = 0
@@ -200,8 +207,9 @@ class _Column:
 
     def findings(self) -> Iterator[Finding]:
         if self.bad:
-            yield Finding("not-finite", "fault", f"{self.name}: {self.bad} NaN or infinite values, the first at "
-                          f"{self.bad_at}")  # fmt: skip
+            yield Finding(
+                "not-finite", "fault", f"{self.name}: {self.bad} NaN or infinite values, the first at {self.bad_at}"
+            )
         if not self.detailed or not self.count.any():
             return
         std = self.std
@@ -211,15 +219,16 @@ class _Column:
             if chosen.any():
                 yield Finding(code, "warning", f"{self.name}: {_listed(np.flatnonzero(chosen))} {word}")
         largest = np.maximum(np.abs(self.low), np.abs(self.high))
-        usual = np.quantile(np.abs(np.concatenate(self.sample)), 0.999, axis=0)
+        usual = np.quantile(np.abs(np.concatenate(self.sample)), 0.99, axis=0)
         exploding = np.isfinite(largest) & (largest > np.maximum(LARGE, EXPLODING * np.maximum(usual, 1.0)))
         if exploding.any():
             worst = int(np.argmax(np.where(exploding, largest, 0)))
             yield Finding(
-                "exploding", "warning",
+                "exploding",
+                "warning",
                 f"{self.name}: {_listed(np.flatnonzero(exploding))} far beyond the usual; dimension {worst} reaches "
-                f"{largest[worst]:.4g}, its 99.9 % quantile is {usual[worst]:.4g}",
-            )  # fmt: skip
+                f"{largest[worst]:.4g}, its 99 % quantile is {usual[worst]:.4g}",
+            )
 
 
 def _listed(dimensions: npt.NDArray[np.int64]) -> str:
@@ -249,7 +258,7 @@ def diagnose(
         for key, item in store.spec.observations.items()
     }
     actions = _Column("actions", int(np.prod(store.spec.actions.shape)), store.spec.num_actions is None)
-    rewards = _Column("rewards", 1, numeric=True)
+    rewards = _Column("rewards", 1, detailed=True)
     judge = _ActionJudge(bounds, store.spec.num_actions)
     positive, repeated, total = 0, 0, store.num_steps + store.num_episodes
     seen: dict[bytes, int] = {}
@@ -260,9 +269,12 @@ def diagnose(
         same = np.ones(len(steps), bool)
         for key, column in columns.items():
             values = chunk.records[f"observations.{key}"]
-            column.add(_flat(values), chunk, rows, stride)
+            if column.detailed or values.dtype.kind == "f":
+                column.add(_flat(values), chunk, rows, stride)
             flat = values.reshape(len(values), -1)
-            same &= (flat[steps] == flat[steps + 1]).all(1)
+            equal = flat[steps] == flat[steps + 1]
+            column.changes += (~equal).sum(0)
+            same &= equal.all(1)
         repeated += int(same.sum())
         acted = _flat(chunk.records["actions"][steps])
         actions.add(acted, chunk, steps, stride)
@@ -272,13 +284,21 @@ def diagnose(
         starts = np.flatnonzero(chunk.step_of == 0)
         positive += int((np.maximum.reduceat(given, starts) > 0).sum())
         for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(given)], strict=True), chunk.first):
-            digest = hashlib.blake2b(np.ascontiguousarray(chunk.records[start:stop]).view(np.uint8), digest_size=16).digest()
+            digest = hashlib.blake2b(
+                np.ascontiguousarray(chunk.records[start:stop]).view(np.uint8).data, digest_size=16
+            ).digest()
             if seen.setdefault(digest, number) != number:
                 twins.append((seen[digest], number))
         if progress:
             progress(0.5 * (chunk.row + len(rows)) / total)
 
-    scales = {key: np.where(column.std > 0, column.std, 1.0) for key, column in columns.items() if column.detailed}
+    # a dimension that is no part of the motion gets scale infinity: it never counts as a step
+    scales = {
+        key: np.where((column.std > 0) & (column.changes >= MOVING * store.num_steps), column.std, np.inf)
+        for key, column in columns.items()
+        if column.detailed
+    }
+    scales = {key: scale for key, scale in scales.items() if np.isfinite(scale).any()}
     joins: list[tuple[int, float]] = []
     jumps: list[tuple[float, str, str]] = []
     distances: dict[str, list[Floats]] = {key: [] for key in scales}
@@ -299,16 +319,24 @@ def diagnose(
             progress(0.5 + 0.5 * (chunk.row + len(chunk.records)) / total)
 
     findings = [f for column in (*columns.values(), actions, rewards) for f in column.findings()]
+    # equal rewards are a note, below
+    findings = [f for f in findings if not (f.sentence.startswith("rewards") and "constant" in f.code)]
     findings += judge.findings()
     findings += _boundaries(store, jumps, joins, usual)
     if twins:
         a, b = twins[0]
-        findings.append(Finding("duplicate-episodes", "warning", f"{len(twins)} episodes repeat an earlier one exactly, "
-                                f"the first is episode {b}, equal to episode {a}"))  # fmt: skip
+        findings.append(
+            Finding(
+                "duplicate-episodes",
+                "warning",
+                f"{len(twins)} episodes repeat an earlier one exactly, the first is episode {b}, equal to episode {a}",
+            )
+        )
     share = repeated / store.num_steps
     if share > 0.01:
-        findings.append(Finding("repeated-frames", "warning", f"{share:.1%} of the steps leave every observation "
-                                "unchanged"))  # fmt: skip
+        findings.append(
+            Finding("repeated-frames", "warning", f"{share:.1%} of the steps leave every observation unchanged")
+        )
     if rewards.low[0] == rewards.high[0]:
         findings.append(Finding("constant-reward", "note", f"every reward is {rewards.low[0]:g}"))
     findings += [Finding("reader", "note", sentence) for sentence in store.notes]
@@ -334,12 +362,18 @@ def diagnose(
     )
 
 
+def _scaled(chunk: _Chunk, key: str, scale: Floats) -> Floats:
+    """Return the moving dimensions of an observation array in standard deviations, [rows, D']."""
+    moving = np.isfinite(scale)
+    return np.asarray(_flat(chunk.records[f"observations.{key}"])[:, moving] / scale[moving], np.float64)
+
+
 def _distances(chunk: _Chunk, key: str, scale: Floats, rows: npt.NDArray[np.int64]) -> Floats:
     """Return the root mean square step, in standard deviations, from each row to the next; NaN counts as no step.
 
     Each dimension counts at most 3 standard deviations, so that one spiking sensor is no teleport.
     """
-    values = _flat(chunk.records[f"observations.{key}"]) / scale
+    values = _scaled(chunk, key, scale)
     steps = np.nan_to_num(values[rows + 1] - values[rows], nan=0.0)
     return np.asarray(np.sqrt(np.mean(np.clip(steps, -3, 3) ** 2, axis=1)))
 
@@ -354,9 +388,9 @@ def _joins(
     starts, ends = np.flatnonzero(chunk.step_of == 0), np.flatnonzero(chunk.is_last)
     worst = np.zeros(len(starts))
     for key, scale in scales.items():
-        values = _flat(chunk.records[f"observations.{key}"]) / scale
+        values = _scaled(chunk, key, scale)
         before = values[np.concatenate([[0], ends[:-1]])]
-        before[0] = previous.get(key, np.full(len(scale), np.inf))
+        before[0] = previous.get(key, np.full(values.shape[1], np.inf))
         worst = np.fmax(worst, np.sqrt(np.mean((values[starts] - before) ** 2, axis=1)))
         previous[key] = values[-1]
     numbers = np.arange(chunk.first, chunk.last)
@@ -379,7 +413,7 @@ class _ActionJudge:
 
     def add(self, values: Floats, chunk: _Chunk, rows: npt.NDArray[np.int64]) -> None:
         slack = 1e-6 * np.maximum(1.0, np.maximum(np.abs(self.low), np.abs(self.high)))  # float32 rounding
-        outside = (values < self.low - slack) | (values > self.high + slack)
+        outside = np.isfinite(values) & ((values < self.low - slack) | (values > self.high + slack))
         if outside.any() and not self.outside:
             row, dimension = np.argwhere(outside)[0]
             self.first = f"{values[row, dimension]:.4g} in dimension {dimension}, {chunk.where(int(rows[row]))}"
@@ -392,12 +426,19 @@ class _ActionJudge:
     def findings(self) -> Iterator[Finding]:
         share = self.outside / self.total
         if self.known and self.outside:
-            yield Finding("action-bounds", "fault", f"actions: {share:.2%} lie outside the stated bounds, the first is "
-                          f"{self.first}")  # fmt: skip
+            yield Finding(
+                "action-bounds",
+                "fault",
+                f"actions: {share:.2%} lie outside the stated bounds, the first is {self.first}",
+            )
         elif self.outside and share < NEARLY_ALL:
-            yield Finding("action-range", "warning", f"actions: no bounds are stated and {1 - share:.2%} lie in [-1, 1], "
-                          f"but some reach {self.largest:.4g} (first: {self.first}); clip them if the environment "
-                          "does")  # fmt: skip
+            yield Finding(
+                "action-range",
+                "warning",
+                f"actions: no bounds are stated and {1 - share:.2%} lie in [-1, 1], "
+                f"but some reach {self.largest:.4g} (first: {self.first}); clip them if the environment "
+                "does",
+            )
         edge = self.at_bound / self.total
         if self.num_actions is None and edge > 0.2 and (self.known or not self.outside):
             yield Finding("saturated-actions", "note", f"actions: {edge:.1%} lie exactly at a bound")
@@ -409,22 +450,37 @@ def _boundaries(
     """Yield findings about where episodes begin and end."""
     open_ended = np.flatnonzero(~store.terminated & ~store.truncated)
     if len(open_ended):
-        yield Finding("no-end", "fault", f"{len(open_ended)} episodes are neither terminated nor truncated, the first is "
-                      f"episode {open_ended[0]}")  # fmt: skip
+        yield Finding(
+            "no-end",
+            "fault",
+            f"{len(open_ended)} episodes are neither terminated nor truncated, the first is episode {open_ended[0]}",
+        )
     both = np.flatnonzero(store.terminated & store.truncated)
     if len(both):
-        yield Finding("both-ends", "warning", f"{len(both)} episodes are both terminated and truncated, the first is "
-                      f"episode {both[0]}; no value is taken beyond a termination, which is wrong if only the time was "
-                      "up")  # fmt: skip
+        yield Finding(
+            "both-ends",
+            "warning",
+            f"{len(both)} episodes are both terminated and truncated, the first is "
+            f"episode {both[0]}; no value is taken beyond a termination, which is wrong if only the time was "
+            "up",
+        )
     if jumps:
         far, key, where = max(jumps)
-        yield Finding("teleport", "fault", f"observation {key!r}: {len(jumps)} steps jump as between two episodes, the "
-                      f"farthest after {where} ({far:.3g} standard deviations; 95 % of the steps stay below "
-                      f"{usual[key]:.3g})")  # fmt: skip
+        yield Finding(
+            "teleport",
+            "fault",
+            f"observation {key!r}: {len(jumps)} steps jump as between two episodes, the "
+            f"farthest after {where} ({far:.3g} standard deviations; 95 % of the steps stay below "
+            f"{usual[key]:.3g})",
+        )
     # where steps are as long as resets, nothing can be told
     if joins and 0 < max(usual.values(), default=0) < TELEPORT_MIN:
         limit = max(usual.values())
         joined = [number for number, distance in joins if distance <= limit]
         if joined and len(joined) * 2 >= len(joins):
-            yield Finding("joined-episodes", "note", f"{len(joined)} of {len(joins)} cuts look like one trajectory that "
-                          f"goes on in the next episode, the first after episode {joined[0]}")  # fmt: skip
+            yield Finding(
+                "joined-episodes",
+                "note",
+                f"{len(joined)} of {len(joins)} cuts look like one trajectory that "
+                f"goes on in the next episode, the first after episode {joined[0]}",
+            )

@@ -91,6 +91,13 @@ class Spec(Config):
                 lines.append(f"action {item.name}: {x!r} here, {y!r} there")
         return lines
 
+    def select(self, keys: tuple[str, ...]) -> Spec:
+        """Return the spec with only the observations `keys`, in that order."""
+        unknown = [key for key in keys if key not in self.observations]
+        if unknown:
+            raise DataError(f"the data have no observation {unknown[0]!r}; there are {sorted(self.observations)}")
+        return dataclasses.replace(self, observations={key: self.observations[key] for key in keys})
+
     def require_match(self, other: Spec, here: str, there: str) -> None:
         """Raise `DataError` with every difference if the two specs are incompatible."""
         lines = self.difference(other)

@@ -44,9 +44,17 @@ class OfflineSource:
     """Batches of transitions from a store, rewards scaled and biased, with returns-to-go. Stateless."""
 
     def __init__(
-        self, store: Store, rewards: RewardConfig, discount: float, batch_size: int, seed: int, sampler: Sampler | None = None
+        self,
+        store: Store,
+        rewards: RewardConfig,
+        discount: float,
+        batch_size: int,
+        seed: int,
+        observation_keys: tuple[str, ...] | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.store, self.batch_size, self.seed = store, batch_size, seed
+        self.spec = store.spec if observation_keys is None else store.spec.select(observation_keys)
         self._sampler = sampler
         raw = np.asarray(store.rewards, np.float64)
         self.rewards = rewards.transform(raw).astype(np.float32)
@@ -65,10 +73,10 @@ class OfflineSource:
         """Return the transitions at `indices` [B]."""
         steps = self.store.gather(indices)
         return TransitionBatch(
-            observations=torch.from_numpy(concatenated(steps.observations)),
+            observations=torch.from_numpy(self._flat(steps.observations)),
             actions=torch.from_numpy(np.ascontiguousarray(steps.actions, np.float32)),
             rewards=torch.from_numpy(self.rewards[indices]),
-            next_observations=torch.from_numpy(concatenated(steps.next_observations)),
+            next_observations=torch.from_numpy(self._flat(steps.next_observations)),
             masks=torch.from_numpy(1.0 - steps.terminated.astype(np.float32)),
             returns_to_go=torch.from_numpy(self.returns_to_go[indices]),
             is_offline=torch.ones(len(indices)),
@@ -81,10 +89,13 @@ class OfflineSource:
             columns = self.store.observations
             rows = self.store.num_steps + self.store.num_episodes
             for start in range(0, rows, CHUNK):
-                yield concatenated({key: column[start : start + CHUNK] for key, column in columns.items()})
+                yield self._flat({key: column[start : start + CHUNK] for key, column in columns.items()})
 
         normalizer = Normalizer.fit(chunks())
         return DataStatistics(normalizer.mean, normalizer.scale, float(self.returns_to_go.mean(dtype=np.float64)))
+
+    def _flat(self, observations: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+        return concatenated({key: observations[key] for key in self.spec.observations})
 
     def counters(self) -> dict[str, int]:
         """Return {"env_step": 0}: no environment is involved."""

@@ -36,10 +36,15 @@ from steelyard.errors import DataError
 
 FORMAT = "steelyard-store-1"
 Indices = npt.NDArray[np.int64]
+Records = npt.NDArray[np.void]
 EpisodeRow = dict[str, str | None]
 
-_COLUMNS = {"episode_index": np.dtype("<i4"), "starts": np.dtype("<i8"), "terminated": np.dtype("?"),
-            "truncated": np.dtype("?")}  # fmt: skip
+_COLUMNS: dict[str, np.dtype[Any]] = {
+    "episode_index": np.dtype("<i4"),
+    "starts": np.dtype("<i8"),
+    "terminated": np.dtype("?"),
+    "truncated": np.dtype("?"),
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Store:
     def __init__(
         self,
         spec: Spec,
-        records: Array,
+        records: Records,
         columns: dict[str, Array],
         episodes: list[EpisodeRow],
         content_hash: str,
@@ -89,12 +94,12 @@ class Store:
         self.content_hash = content_hash
         self.notes = tuple(notes)
         # np.asarray drops the memmap subclass, whose indexing is slow; per-episode columns are small: keep them in RAM
-        self.records = np.asarray(records)
-        self.episode_index = np.asarray(columns["episode_index"])
-        self.starts = np.array(columns["starts"])
-        self.terminated = np.array(columns["terminated"])
-        self.truncated = np.array(columns["truncated"])
-        self.observations = {key: self.records[_field(key)] for key in spec.observations}
+        self.records: Records = np.asarray(records)
+        self.episode_index: npt.NDArray[np.int32] = np.asarray(columns["episode_index"], np.int32)
+        self.starts: Indices = np.array(columns["starts"], np.int64)
+        self.terminated: npt.NDArray[np.bool_] = np.array(columns["terminated"], bool)
+        self.truncated: npt.NDArray[np.bool_] = np.array(columns["truncated"], bool)
+        self.observations: dict[str, Array] = {key: self.records[_field(key)] for key in spec.observations}
         self.num_steps = int(self.starts[-1])
         self.num_episodes = len(self.terminated)
         self._last_steps = self.starts[1:] - 1
@@ -158,8 +163,10 @@ class Store:
             if (verify or name == "episodes.json") and file_hash(file) != entry["sha256"]:
                 raise DataError(f"{file}: content does not match its SHA-256; altered or damaged")
         spec = spec_from_plain(header["spec"], path / "store.json")
-        columns = {name: np.memmap(path / f"{name}.bin", dtype, "r") for name, dtype in _COLUMNS.items()}
-        records = np.memmap(path / "records.bin", _record_dtype(spec), "r")
+        columns: dict[str, Array] = {
+            name: np.memmap(path / f"{name}.bin", dtype=dtype, mode="r") for name, dtype in _COLUMNS.items()
+        }
+        records = np.memmap(path / "records.bin", dtype=_record_dtype(spec), mode="r")
         table = json.loads((path / "episodes.json").read_text(encoding="utf-8"))
         return cls(spec, records, columns, table, header["content_hash"], header["notes"])
 
@@ -206,7 +213,7 @@ class Store:
     @property
     def rewards(self) -> npt.NDArray[np.float64]:
         """All raw rewards, float64 [N], copied into memory at every use (8 bytes a step)."""
-        return self._of_steps("rewards")
+        return np.asarray(self._of_steps("rewards"), np.float64)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -231,7 +238,9 @@ def _field(key: str) -> str:
 
 def _record_dtype(spec: Spec) -> np.dtype[np.void]:
     """Return the packed record of one observation and the step that follows it; aligned, so that torch can view it."""
-    fields = [(_field(key), np.dtype(item.dtype).newbyteorder("<"), item.shape) for key, item in spec.observations.items()]
+    fields = [
+        (_field(key), np.dtype(item.dtype).newbyteorder("<"), item.shape) for key, item in spec.observations.items()
+    ]
     fields.append(("actions", np.dtype(spec.actions.dtype).newbyteorder("<"), spec.actions.shape))
     fields.append(("rewards", np.dtype("<f8"), ()))
     return np.dtype(fields, align=True)
@@ -241,16 +250,18 @@ class _MemorySink:
     """Collects records in memory."""
 
     def __init__(self) -> None:
-        self.parts: list[Array] = []
+        self.parts: list[npt.NDArray[np.uint8]] = []
         self.sha = hashlib.sha256()
 
-    def append(self, records: Array) -> None:
-        self.parts.append(records)
-        self.sha.update(records.view(np.uint8))
+    def append(self, records: Records) -> None:
+        self.dtype = records.dtype
+        self.parts.append(records.view(np.uint8))  # as bytes: numpy's own concatenation leaves padding undefined
+        self.sha.update(self.parts[-1].data)
 
     def close(self, spec: Spec, columns: dict[str, Array], table: list[EpisodeRow], notes: Sequence[str]) -> Store:
         hashes = {"records": self.sha.hexdigest()} | {name: _array_hash(column) for name, column in columns.items()}
-        return Store(spec, np.concatenate(self.parts), columns, table, _content_hash(hashes, table), notes)
+        records = np.concatenate(self.parts).view(self.dtype)
+        return Store(spec, records, columns, table, _content_hash(hashes, table), notes)
 
     def abort(self) -> None:
         self.parts.clear()
@@ -269,10 +280,10 @@ class _DiskSink:
         self.file: BinaryIO = (self.staging / "records.bin").open("wb")
         self.sha = hashlib.sha256()
 
-    def append(self, records: Array) -> None:
+    def append(self, records: Records) -> None:
         raw = records.view(np.uint8)
         self.file.write(raw.data)
-        self.sha.update(raw)
+        self.sha.update(raw.data)
 
     def close(self, spec: Spec, columns: dict[str, Array], table: list[EpisodeRow], notes: Sequence[str]) -> Store:
         self.file.close()
@@ -318,13 +329,11 @@ class _Writer:
         if self.spec is None:
             self.spec = found
         name = f"episode {episode.provenance or len(self.lengths)}"
-        # the highest action of one episode says little about how many actions there are
-        if found.num_actions is not None and self.spec.num_actions is not None:
-            if not self.given:
-                count = max(self.spec.num_actions, found.num_actions)
-                self.spec = dataclasses.replace(self.spec, num_actions=count)
-            elif found.num_actions > self.spec.num_actions:
-                raise DataError(f"{name}: action {found.num_actions - 1} found, expected 0..{self.spec.num_actions - 1}")
+        count, known = found.num_actions, self.spec.num_actions
+        if count is not None and known is not None:  # one episode need not show the highest action
+            if self.given and count > known:
+                raise DataError(f"{name}: action {count - 1} found, expected 0..{known - 1}")
+            self.spec = dataclasses.replace(self.spec, num_actions=max(count, known))
             found = dataclasses.replace(found, num_actions=self.spec.num_actions)
         self.spec.require_match(found, "the data set", name)
 
@@ -401,7 +410,7 @@ def file_hash(path: Path) -> str:
 
 
 def _array_hash(values: Array) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8).data).hexdigest()
 
 
 def _content_hash(hashes: dict[str, str], table: list[EpisodeRow]) -> str:

@@ -68,6 +68,8 @@ class PointMazeDataConfig(Config):
     """Evaluation goal cell (row, column), by which the data are labelled; None is the size's own, (6, 6) for Medium."""
     max_episode_steps: int | None = None
     """Time limit of an episode; None is the size's own: 300, or 600 for Large."""
+    action_repeat: int = 1
+    """Simulator steps for which each action is held; `steps` counts actions."""
     goal_fraction: float | None = 0.12
     """Share of episodes that end at the goal, exact to the nearest episode; None leaves it to chance."""
     speed: float = 4.5
@@ -115,7 +117,11 @@ class PointMazeSummary:
 
 
 def point_maze_env(
-    size: Size, start: Cell | None = None, goal: Cell | None = None, max_episode_steps: int | None = None
+    size: Size,
+    start: Cell | None = None,
+    goal: Cell | None = None,
+    max_episode_steps: int | None = None,
+    action_repeat: int = 1,
 ) -> EnvConfig:
     """Return the environment that matches the data: fixed start and goal cell, ends at the goal.
 
@@ -126,7 +132,8 @@ def point_maze_env(
         size: maze.
         start: cell (row, column); None is the size's own.
         goal: cell (row, column); None is the size's own.
-        max_episode_steps: time limit; None is the size's own (300; Large 600).
+        max_episode_steps: time limit in simulator steps; None is the size's own (300; Large 600).
+        action_repeat: simulator steps per action.
     """
     task = _task(size)
     return EnvConfig(
@@ -134,6 +141,7 @@ def point_maze_env(
         kwargs={"continuing_task": False, "reset_target": False},
         max_episode_steps=max_episode_steps or task.max_episode_steps,
         reset_options={"goal_cell": list(goal or task.goal), "reset_cell": list(start or task.start)},
+        action_repeat=action_repeat,
         observation_keys=("observation",),
         success="terminated",
         pin_goal=True,
@@ -266,7 +274,9 @@ class _World:
         self.maze = _maze(config.size)
         self.cells = free_cells(self.maze)
         self.goal = config.goal or task.goal
-        self.env_config = point_maze_env(config.size, config.start, self.goal, config.max_episode_steps)
+        self.env_config = point_maze_env(
+            config.size, config.start, self.goal, config.max_episode_steps, config.action_repeat
+        )
         for name, cell in (("start", config.start or task.start), ("goal", self.goal)):
             if cell not in self.cells:
                 raise ConfigError(f"{name} {cell} of maze {config.size} is not a free cell; free are {self.cells}")

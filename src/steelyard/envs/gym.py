@@ -7,10 +7,12 @@ function of (seed, stream, k), whichever environment of the vector plays it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import math
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +49,9 @@ class EnvConfig(Config):
     """Time limit in steps; None keeps the registered one."""
     reset_options: dict[str, list[int] | list[float] | int | float | str] | None = None
     """Options of every reset; lists become arrays, e.g. {"goal_cell": [6, 6], "reset_cell": [1, 1]} (row, column)."""
+    action_repeat: int = 1
+    """Simulator steps per action: rewards add up, an end of the episode stops the repetition. max_episode_steps and
+    the time limit go on counting simulator steps; everything else here counts decisions."""
     observation_keys: tuple[str, ...] | None = None
     """Entries of a Dict observation that the agent sees, in this order; None for a plain array."""
     success: Literal["info", "terminated", "positive_reward", "none"] = "none"
@@ -111,6 +116,8 @@ def make(config: EnvConfig, **kwargs: Any) -> Env:
         env = _PinnedGoal(env, config)
     if config.binary_reward:
         env = _BinaryReward(env, config)
+    if config.action_repeat != 1:
+        env = _ActionRepeat(env, config)
     return env
 
 
@@ -425,12 +432,33 @@ class _BinaryReward(gymnasium.Wrapper[Any, Any, Any, Any]):
         return observation, 0.0 if success else -1.0, terminated or success, truncated, info
 
 
+class _ActionRepeat(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Hold each action for several simulator steps."""
+
+    def __init__(self, env: Env, config: EnvConfig) -> None:
+        super().__init__(env)
+        if config.action_repeat < 1:
+            raise ConfigError(f"action_repeat must be at least 1, found {config.action_repeat}")
+        self.count = config.action_repeat
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        total = 0.0
+        for _ in range(self.count):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return observation, total, terminated, truncated, info
+
+
 def _register(env_id: str) -> None:
     """Import the package that registers `env_id`, if plain Gymnasium does not know it."""
     if ":" in env_id or env_id in gymnasium.registry:
         return
     if env_id.startswith(_ROBOTICS):
-        gymnasium.register_envs(require("gymnasium_robotics", "sim"))
+        # at import the package prints which Adroit rewards changed between its versions: docs/environments.md says it
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            gymnasium.register_envs(require("gymnasium_robotics", "sim"))
     elif importlib.util.find_spec("ogbench") is not None:
         importlib.import_module("ogbench")
     if env_id not in gymnasium.registry:

@@ -18,14 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from steelyard.data.batch import Batch
-
-BatchT = TypeVar("BatchT", bound=Batch)
 Metrics = dict[str, Tensor]
 Loss = Callable[[Any, torch.Generator], tuple[Tensor, Metrics]]
 
@@ -64,6 +61,15 @@ class Policy(Protocol):
 
     def reset(self) -> None:
         """Forget what belongs to the current episode (chunks, recurrent state)."""
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Values inputs: critics, reward models and self-evaluations alike."""
+
+    def score(self, batch: Any, /) -> Tensor:
+        """Return one value per row, [B]."""
         ...
 
 

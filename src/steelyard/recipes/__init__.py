@@ -1,0 +1,8 @@
+"""One file per published system: which data, objective, adaptation and claim; presets tiny | small | paper."""
+
+from __future__ import annotations
+
+RECIPES = {
+    "cal_ql": "Cal-QL: calibrated offline pre-training for fast online fine-tuning, against CQL and IQL",
+}
+"""Name of the module in this package -> one line for `steelyard run --help`."""

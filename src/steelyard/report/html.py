@@ -16,8 +16,9 @@ from steelyard.bench.rows import Run, read_run
 from steelyard.bench.stats import Estimate
 from steelyard.errors import DataError
 from steelyard.report import markdown, plots
+from steelyard.report.numbers import RecipeSummary, Summary, summarize
 from steelyard.report.plots import Picture
-from steelyard.report.summary import RecipeSummary, Summary, summarize
+from steelyard.report.summary import notes, sentence
 from steelyard.report.tables import (
     Cell,
     Table,
@@ -47,17 +48,19 @@ dl { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .15rem 1
   margin: .8rem 0 0; color: var(--soft); font-size: .85rem; line-height: 1.4; }
 dt { font-weight: 600; }
 dd { margin: 0; }
+@media (max-width: 36rem) { dl { display: block; } dd { margin-bottom: .45rem; } }
 .wide { overflow-x: auto; margin: .6rem 0 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .42rem .9rem .42rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); font-size: .82rem; vertical-align: bottom; }
-td { min-width: 4.5rem; max-width: 26rem; overflow-wrap: anywhere; }
+td { min-width: 4.5rem; max-width: 26rem; overflow-wrap: break-word; }
 td.number { white-space: nowrap; }
 td small { display: block; color: var(--soft); }
 figure { margin: 1rem 0; }
 figure.curve { overflow-x: auto; }
-figure.curve svg { width: 100%; min-width: 26rem; max-width: 46rem; height: auto; }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15.5rem), 1fr)); gap: 1rem 1.4rem; }
+figure.curve svg { width: 100%; min-width: 22rem; max-width: 44rem; height: auto; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15.5rem), 1fr)); gap: 1rem 1.4rem;
+  margin-top: 1.2rem; }
 .panels figure { margin: 0; }
 .panels svg { width: 100%; max-width: 20rem; height: auto; }
 .panels.metrics figcaption { order: -1; }
@@ -110,13 +113,13 @@ def write_report(
     for recipe in summary.recipes:
         tables = recipe_tables(recipe)
         heading = recipe.recipe if len(summary.recipes) > 1 else "Results"
-        sections.append((heading, recipe.notes, tables))
+        sections.append((heading, notes(recipe), tables))
         body.append(_recipe(heading, recipe, tables))
     sections.append(("Where the numbers come from", (), provenance))
     body.append("<h2>Where the numbers come from</h2>" + "".join(map(render_table, provenance)))
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "report.md").write_text(markdown.render(title, summary.sentence, sections), encoding="utf-8")
+    (out_dir / "report.md").write_text(markdown.render(title, sentence(summary), sections), encoding="utf-8")
     page = out_dir / "report.html"
     page.write_text(_page(title, summary, "".join(body)), encoding="utf-8")
     return page
@@ -152,7 +155,7 @@ def _page(title: str, summary: Summary, body: str) -> str:
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
-        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(summary.sentence)}</p>{body}'
+        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(sentence(summary))}</p>{body}'
         f"<footer>Written by steelyard {html.escape(__version__)} from the rows listed above.</footer></body></html>\n"
     )
 
@@ -160,8 +163,9 @@ def _page(title: str, summary: Summary, body: str) -> str:
 def _recipe(heading: str, recipe: RecipeSummary, tables: Sequence[Table]) -> str:
     """Return curves, tables, values, episodes and metrics of one recipe."""
     parts = [f"<h2>{html.escape(heading)}</h2>", _figure(plots.learning_curve(recipe), "curve")]
-    if recipe.notes:
-        items = "".join(f"<li>{html.escape(note)}</li>" for note in recipe.notes)
+    cautions = notes(recipe)
+    if cautions:
+        items = "".join(f"<li>{html.escape(note)}</li>" for note in cautions)
         parts.append(f'<ul class="notes">{items}</ul>')
     parts += map(render_table, tables)
     panels = [
@@ -169,7 +173,8 @@ def _recipe(heading: str, recipe: RecipeSummary, tables: Sequence[Table]) -> str
     ]
     if panels:
         parts.append(_panels(panels))
-    parts.append("<h3>One episode of each case</h3>" + _panels([_episode(case.runs) for case in recipe.cases]))
+    episodes = [picture for case in recipe.cases for picture in _episodes(case.runs)]
+    parts.append("<h3>One episode of each case</h3>" + _panels(episodes))
     pictures, left_out = plots.metrics(recipe.cases)
     if pictures:
         words = "One line per run; long curves are thinned to block means."
@@ -189,19 +194,21 @@ def _panels(pictures: Sequence[Picture], kind: str = "") -> str:
     return f'<div class="panels {kind}">{"".join(map(_figure, pictures))}</div>'
 
 
-def _episode(runs: Sequence[Run]) -> Picture:
-    """Return a picture of one episode of a case: frames, else a path, else the reason why there is none."""
-    reasons = []
+def _episodes(runs: Sequence[Run]) -> list[Picture]:
+    """Return pictures of one episode of a case: frames, or the reason why there are none, and the path."""
     for run in runs:
         label = f"{run.label}, seed {run.seed}"
+        pictures = []
         if (run.path / "frames.npz").is_file():
-            return plots.episode_frames(_read_frames(run.path / "frames.npz"), label)
+            pictures.append(plots.episode_frames(_read_frames(run.path / "frames.npz"), label))
+        elif (run.path / "render_error.txt").is_file():
+            reason = (run.path / "render_error.txt").read_text(encoding="utf-8", errors="replace").strip()
+            pictures.append(Picture("", f"{label}: not rendered: {reason}"))
         if (run.path / "trajectory.json").is_file():
-            return plots.maze_path(_read_trajectory(run.path / "trajectory.json"), label)
-        if (run.path / "render_error.txt").is_file():
-            reasons.append((run.path / "render_error.txt").read_text(encoding="utf-8", errors="replace").strip())
-    reason = reasons[0] if reasons else "the runs stored neither frames.npz nor trajectory.json"
-    return Picture("", f"{runs[0].label}: no picture of an episode: {reason}")
+            pictures.append(plots.maze_path(_read_trajectory(run.path / "trajectory.json"), label))
+        if pictures:
+            return pictures
+    return [Picture("", f"{runs[0].label}: no picture, for no run has a frames.npz or a trajectory.json.")]
 
 
 def _read_frames(path: Path) -> npt.NDArray[np.uint8]:

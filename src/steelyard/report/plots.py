@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from steelyard.bench.rows import Floats, Phase
 from steelyard.errors import require
-from steelyard.report.summary import CalibrationSummary, CaseSummary, RecipeSummary
+from steelyard.report.numbers import CalibrationSummary, CaseSummary, RecipeSummary
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = {"-": "solid", "--": "dashed", ":": "dotted"}  # of matplotlib and of the stylesheet
@@ -50,7 +50,7 @@ def learning_curve(recipe: RecipeSummary) -> Picture:
     """Plot score against environment steps, offline training left of zero; thin lines are runs, bands are 95%."""
     order: tuple[Phase, Phase] = ("offline", "online")
     phases = [phase for phase in order if any(phase in case.curves for case in recipe.cases)]
-    figure = _figure(6.4, 3.4)
+    figure = _figure(5.6, 3.2)
     widths = [1.0, 2.2] if len(phases) == 2 else [1.0]
     axes = figure.subplots(1, len(phases), sharey=True, squeeze=False, width_ratios=widths)[0]
     for phase, axis in zip(phases, axes, strict=True):
@@ -146,13 +146,7 @@ def metrics(cases: Sequence[CaseSummary]) -> tuple[list[Picture], list[str]]:
 
 def _telling(name: str) -> tuple[int, str]:
     """Order metrics: losses and values first, then multipliers and temperature, then the rest by name."""
-    patterns = (
-        r"^loss/.*critic|^critic/loss",
-        r"q.*mean|mean.*q|^critic/q$",
-        r"cql",
-        r"^loss/",
-        r"temperature|entropy",
-    )
+    patterns = (r"^loss/(td|.*critic)", r"^critic/q", "cql", "^loss/", "temperature|entropy", "^(critic|actor)/")
     rank = next((i for i, pattern in enumerate(patterns) if re.search(pattern, name)), len(patterns))
     if name.startswith(("time/", "eval/")):
         rank = len(patterns) + 1
@@ -180,7 +174,8 @@ def maze_path(trajectory: dict[str, Any], label: str) -> Picture:
     """Draw the path of one episode from above.
 
     The maze is centred on the origin, its first row has the largest y, one cell is `cell_size` wide (the convention of
-    the Gymnasium point and ant mazes); positions are the first two observation entries.
+    the Gymnasium point and ant mazes); positions are the first two observation entries. Without a maze these two need
+    not be positions, and the picture says no more than it knows.
 
     Args:
         trajectory: checked content of trajectory.json.
@@ -204,11 +199,14 @@ def maze_path(trajectory: dict[str, Any], label: str) -> Picture:
     axis.plot(*path[-1], "s", color=COLOURS[0], markersize=6, label="end")
     if trajectory.get("goal") is not None:
         axis.plot(*trajectory["goal"][:2], "*", color=COLOURS[1], markersize=12, label="goal")
-    axis.set_aspect("equal")
-    _dress(axis, "x (length units of the task)", "y")
+    if walls is not None:
+        axis.set_aspect("equal")
+    names = ("x (length units of the task)", "y") if walls is not None else ("observation 0", "observation 1")
+    _dress(axis, *names)
     figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=INK, fontsize=9)
     outcome = {True: "succeeds", False: "fails"}.get(trajectory["success"], "ends")
-    words = f"{label}: one evaluation episode of {len(path) - 1} steps, seen from above; it {outcome}."
+    view = "seen from above" if walls is not None else "its first two observation entries"
+    words = f"{label}: one evaluation episode of {len(path) - 1} steps, {view}; it {outcome}."
     return Picture(_svg(figure, f"path/{label}", words), words)
 
 

@@ -13,7 +13,7 @@ from steelyard.bench.rows import Run
 from steelyard.bench.stats import Estimate, number
 from steelyard.config import Config, from_json
 from steelyard.errors import ConfigError
-from steelyard.report.summary import (
+from steelyard.report.numbers import (
     QUANTITIES,
     CaseSummary,
     RecipeSummary,
@@ -162,7 +162,8 @@ def provenance_tables(summary: Summary, out_dir: Path) -> list[Table]:
             "(one row per evaluation episode), train_episodes.jsonl, metrics.jsonl, calibration.jsonl.",
             ("rows", "recipe", "case", "seed", "status", "config hash", "data hash"),
             tuple(
-                (_path(r, out_dir), r.recipe, r.case, str(r.seed), r.status, r.config_hash, r.data_hash) for r in runs
+                (_path(r, out_dir), r.recipe, r.case, str(r.seed), r.status, r.config_hash, r.data_hash or MISSING)
+                for r in runs
             ),
         )
     )
@@ -176,7 +177,7 @@ def _results(recipe: RecipeSummary) -> Table:
         (case.label, _runs(case), *(case.estimates.get(q.name, MISSING) for q in shown)) for case in recipe.cases
     )
     return Table(
-        "Results",
+        "Scores and regret" if any(q.name.endswith("regret") for q in shown) else "Scores",
         f"Mean over runs [95% bootstrap interval over runs]; the unit is {recipe.metric}, 0 to 1.",
         ("case", "runs", *(q.title for q in shown)),
         rows,

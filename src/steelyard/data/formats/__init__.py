@@ -83,7 +83,7 @@ def detect(path: str | Path) -> str:
     raise DataError(f"{path}: format not recognised; known formats: {_listing()}")
 
 
-def episodes_from(path: str | Path, format: str = "auto", **options: Any) -> Source:  # noqa: A002 (the CLI's word)
+def episodes_from(path: str | Path, format: str = "auto", **options: Any) -> Source:
     """Read episodes one at a time, whatever the format.
 
     Args:
@@ -103,7 +103,7 @@ def episodes_from(path: str | Path, format: str = "auto", **options: Any) -> Sou
     return reader(Path(path), **options)
 
 
-def open_dataset(path: str | Path, format: str = "auto", cache: str | Path | None = None, **options: Any) -> Store:  # noqa: A002
+def open_dataset(path: str | Path, format: str = "auto", cache: str | Path | None = None, **options: Any) -> Store:
     """Open a data set of any format as a store.
 
     Args:
@@ -123,7 +123,7 @@ def open_dataset(path: str | Path, format: str = "auto", cache: str | Path | Non
     return Store.from_episodes(source, cache, spec=source.spec, notes=source.notes)
 
 
-def write_dataset(store: Store, path: str | Path, format: str = "steelyard", **options: Any) -> None:  # noqa: A002
+def write_dataset(store: Store, path: str | Path, format: str = "steelyard", **options: Any) -> None:
     """Write a store in any format; `path` must not exist.
 
     Raises:

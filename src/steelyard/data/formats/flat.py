@@ -9,8 +9,8 @@ Dialect "d4rl", one row per step: `observations, actions, rewards, terminals, ti
   trajectory that did not terminate loses its last step, a terminated one repeats its last observation (no value is
   taken beyond a termination). Both are counted in the notes.
 
-Dialect "ogbench", one row per observation: `observations, actions, terminals`; a trajectory of T steps has T + 1 rows, the
-last of which has `terminals` set and an action without meaning. Its end is a truncation.
+Dialect "ogbench", one row per observation: `observations, actions, terminals`; a trajectory of T steps has T + 1 rows,
+the last of which has `terminals` set and an action without meaning. Its end is a truncation.
 
 Actions are returned as they are, also beyond their bounds. Several observation arrays are `observations/<key>`.
 Arrays are read in pieces: memory holds one trajectory (and one byte per step), never the file.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -59,6 +60,10 @@ JUMP = 1e-6
 _CHUNK = 1 << 16  # rows
 
 
+Column = tuple[tuple[int, ...], np.dtype[Any], Callable[[Episode], Array]]
+"""Shape of a row, type, and how an episode gives its rows."""
+
+
 class _Npz:
     """Named arrays of an .npz file, each read from its front in pieces. Nothing is unpickled."""
 
@@ -81,7 +86,9 @@ class _Npz:
         if dtype.kind not in "fiub":
             raise DataError(f"{self.path}: {name!r} has type {dtype}, expected numbers")
         if fortran and len(shape) > 1:
-            raise DataError(f"{self.path}: {name!r} is stored in Fortran order; save it again with np.ascontiguousarray")
+            raise DataError(
+                f"{self.path}: {name!r} is stored in Fortran order; save it again with np.ascontiguousarray"
+            )
         return stream, shape, dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -229,7 +236,8 @@ def _read_d4rl(
         for key, name in then.items():
             if arrays.shape(name) != arrays.shape(keys[key]):
                 raise DataError(
-                    f"{path}: {name!r} has shape {arrays.shape(name)}, expected {arrays.shape(keys[key])} like {keys[key]!r}"
+                    f"{path}: {name!r} has shape {arrays.shape(name)}, expected {arrays.shape(keys[key])} "
+                    f"like {keys[key]!r}"
                 )
         jumps = _jumps(arrays, keys, then, rows) & ~ends
         ends = ends | jumps
@@ -259,7 +267,7 @@ def _read_d4rl(
             rewards = take_rewards(count) if take_rewards else rewards_by_rule(count, missing_rewards, path)
             terminated = bool(terminals[stop - 1])
             truncated = bool(timeouts[stop - 1]) or not terminated
-            rewards = rewards.reshape(count)
+            rewards = np.asarray(rewards, np.float64).reshape(count)
             if not then:
                 episode = counter.episode(
                     observations, actions, rewards, terminated, truncated, f"{path.name}#{number}"
@@ -307,16 +315,14 @@ def _read_ogbench(
             count = stop - start
             observations = {key: take[name](count) for key, name in keys.items()}
             actions = take["actions"](count)[:-1]
-            rewards = take_rewards(count).reshape(count)[:-1] if take_rewards else None
+            rewards = np.asarray(take_rewards(count), np.float64).reshape(count)[:-1] if take_rewards else None
             start = stop
             if count == 1:
                 empty += 1
                 continue
             if rewards is None:
                 rewards = rewards_by_rule(count - 1, missing_rewards, path)
-            yield Episode(
-                plain_or_dict(observations), actions, rewards, False, True, None, f"{path.name}#{number}"
-            )
+            yield Episode(plain_or_dict(observations), actions, rewards, False, True, None, f"{path.name}#{number}")
         if empty:
             notes.append(f"left out {empty} trajectories of a single row: they have no step")
         arrays.close()
@@ -333,22 +339,22 @@ def write(store: Store, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".npz", ".hdf5", ".h5"):
         raise DataError(f"{path}: suffix is {path.suffix!r}, expected .npz, .hdf5 or .h5")
-    with replacing(path) as partial:
+    with replacing(path) as temporary:
         if path.suffix == ".npz":
-            _write_npz(store, partial)
+            _write_npz(store, temporary)
         else:
-            _write_hdf5(store, partial)
+            _write_hdf5(store, temporary)
 
 
-def _columns(store: Store) -> dict[str, tuple[tuple[int, ...], np.dtype[Any], Callable[[Episode], Array]]]:
+def _columns(store: Store) -> dict[str, Column]:
     """Return {array name: (shape of a row, type, how an episode gives its rows)}."""
     spec = store.spec
-    columns: dict[str, tuple[tuple[int, ...], np.dtype[Any], Callable[[Episode], Array]]] = {}
+    columns: dict[str, Column] = {}
     for key, item in spec.observations.items():
         suffix = "" if list(spec.observations) == ["observation"] else "/" + key.replace(".", "/")
         dtype = store.observations[key].dtype
-        columns[f"observations{suffix}"] = (item.shape, dtype, lambda e, k=key: e.observation_dict[k][:-1])
-        columns[f"next_observations{suffix}"] = (item.shape, dtype, lambda e, k=key: e.observation_dict[k][1:])
+        columns[f"observations{suffix}"] = (item.shape, dtype, partial(_rows, key, slice(None, -1)))
+        columns[f"next_observations{suffix}"] = (item.shape, dtype, partial(_rows, key, slice(1, None)))
     columns["actions"] = (spec.actions.shape, np.dtype(spec.actions.dtype), lambda e: e.actions)
     columns["rewards"] = ((), np.dtype(np.float64), lambda e: e.rewards)
     columns["terminals"] = ((), np.dtype(bool), lambda e: _at_end(len(e), e.terminated))
@@ -357,8 +363,12 @@ def _columns(store: Store) -> dict[str, tuple[tuple[int, ...], np.dtype[Any], Ca
     return columns
 
 
+def _rows(key: str, rows: slice, episode: Episode) -> Array:
+    return episode.observation_dict[key][rows]
+
+
 def _at_end(steps: int, value: bool) -> npt.NDArray[np.bool_]:
-    return (np.arange(steps) == steps - 1) & value
+    return np.asarray((np.arange(steps) == steps - 1) & value)
 
 
 def _write_npz(store: Store, path: Path) -> None:

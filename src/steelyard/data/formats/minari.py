@@ -1,7 +1,7 @@
 """Minari data sets (HDF5), read and written with h5py alone: no environment named in the metadata is ever imported.
 
-A data set is a directory with `data/main_data.hdf5` and `data/metadata.json`. Its alignment is ours (T + 1 observations,
-T actions), so nothing is dropped. Nested observation spaces become keys joined with ".".
+A data set is a directory with `data/main_data.hdf5` and `data/metadata.json`. Its alignment is ours (T + 1
+observations, T actions), so nothing is dropped. Nested observation spaces become keys joined with ".".
 """
 
 from __future__ import annotations
@@ -213,9 +213,12 @@ def _episode(
         key: _decode(group[_place(group, key)]) if key in images else dataset(group, _place(group, key), path)[()]
         for key in keys
     }
-    actions, rewards = dataset(group, "actions", path)[()], dataset(group, "rewards", path)[()]
+    actions = dataset(group, "actions", path)[()]
+    rewards = np.asarray(dataset(group, "rewards", path)[()], np.float64)
     ends = {name: flags(dataset(group, name, path)[()], path, name) for name in ("terminations", "truncations")}
-    steps = require_lengths({"actions": len(actions), "rewards": len(rewards)} | {k: len(v) for k, v in ends.items()}, path)
+    steps = require_lengths(
+        {"actions": len(actions), "rewards": len(rewards)} | {k: len(v) for k, v in ends.items()}, path
+    )
     for name, values in ends.items():
         early = np.flatnonzero(values[:-1])
         if len(early):

@@ -79,7 +79,9 @@ def read(
             names = _masked(file, mask, names, path)
         first = file["data"][names[0]]
         if "obs" not in first:
-            raise DataError(f"{path}: '{first.name}/obs' is missing; found {sorted(first)} (extract observations first)")
+            raise DataError(
+                f"{path}: '{first.name}/obs' is missing; found {sorted(first)} (extract observations first)"
+            )
         found = [name.replace("/", ".") for name in leaf_names(first["obs"])]
         keys = select_keys(found, observation_keys, path)
 
@@ -124,8 +126,10 @@ def _episode(
     stated = group.attrs.get("num_samples")
     if stated is not None and int(stated) != steps:
         raise DataError(f"{path}: {group.name!r} has {steps} rows, expected {stated} as its num_samples says")
-    rewards = dataset(group, "rewards", path)[()] if "rewards" in group else rewards_by_rule(steps, rule, path)
-    done = bool(flags(dataset(group, "dones", path)[()], path, f"{group.name}/dones")[-1]) if "dones" in group else False
+    rewards = rewards_by_rule(steps, rule, path) if "rewards" not in group else dataset(group, "rewards", path)[()]
+    done = (
+        bool(flags(dataset(group, "dones", path)[()], path, f"{group.name}/dones")[-1]) if "dones" in group else False
+    )
     terminated = done and dones == "terminated"
     provenance = f"{path.name}#{group.name.rsplit('_', 1)[-1]}"
     if "next_obs" not in group:

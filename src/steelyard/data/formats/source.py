@@ -264,7 +264,7 @@ def flags(values: Array, path: Path, name: str) -> npt.NDArray[np.bool_]:
     flat = values.reshape(len(values), -1)
     if flat.shape[1] != 1 or not np.isin(flat, (0, 1)).all():
         raise DataError(f"{path}: {name!r} must hold one flag, 0 or 1, per step")
-    return flat[:, 0] != 0
+    return np.asarray(flat[:, 0] != 0)
 
 
 def rewards_by_rule(steps: int, rule: MissingRewards, path: Path) -> npt.NDArray[np.float64]:

@@ -1,0 +1,62 @@
+"""`steelyard run RECIPE [--size tiny|small|paper] [--seeds 0 1 2] [any config field]`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from typing import Any
+
+import tyro
+
+from steelyard.errors import ConfigError
+from steelyard.recipes import RECIPES
+from steelyard.train.loop import Interrupted
+
+
+def main(argv: list[str]) -> int:
+    """Run the command."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: steelyard run RECIPE [--size tiny|small|paper] [OPTIONS]\n\nrecipes:")
+        print("\n".join(f"  {name:9s} {text}" for name, text in RECIPES.items()))
+        print("\nsteelyard run RECIPE --help lists every option of one.")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(RECIPES)}"
+        raise ConfigError(f"unknown recipe {name!r}; {hint}")
+    recipe = importlib.import_module(f"steelyard.recipes.{name}")
+    size, rest = take_option(rest, "--size", "tiny")
+    if size not in recipe.PRESETS:
+        raise ConfigError(f"--size must be one of {', '.join(recipe.PRESETS)}, found {size!r}")
+    preset: Any = recipe.PRESETS[size]
+    config = parse(type(preset), preset, f"steelyard run {name} --size {size}", rest)
+    try:
+        recipe.run(config, size)
+    except Interrupted:
+        print(f"interrupted; a checkpoint was written. Go on with: steelyard run {' '.join(argv)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(cls: Any, default: Any, prog: str, argv: list[str]) -> Any:
+    """Read options into a config; unions take the class of their default, so there are no subcommands."""
+    return tyro.cli(cls, default=default, prog=prog, args=argv, config=(tyro.conf.AvoidSubcommands,))
+
+
+def take_option(argv: list[str], option: str, default: str) -> tuple[str, list[str]]:
+    """Take `option VALUE` or `option=VALUE` out of the arguments; return its value and the rest."""
+    rest, value, skip = [], default, False
+    for index, word in enumerate(argv):
+        if skip:
+            skip = False
+        elif word == option:
+            if index + 1 == len(argv):
+                raise ConfigError(f"{option} needs a value")
+            value, skip = argv[index + 1], True
+        elif word.startswith(option + "="):
+            value = word.split("=", 1)[1]
+        else:
+            rest.append(word)
+    return value, rest

@@ -1,0 +1,184 @@
+"""Cal-QL (Nakamoto et al., NeurIPS 2023): calibrated offline pre-training for efficient online fine-tuning.
+
+Claim: a critic that is conservative but calibrated starts fine-tuning from its offline level, without CQL's initial
+unlearning, and reaches a lower cumulative regret than CQL and IQL.
+
+What is run here: a point maze with prior data of which few trajectories reach the goal; each method is pre-trained on
+the same data, then fine-tuned online from the same initial states with the same seeds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from steelyard.bench.rows import read_run
+from steelyard.bench.runner import Job, run_jobs
+from steelyard.config import Config, config_hash
+from steelyard.data.returns import RewardConfig
+from steelyard.envs.behaviours import PointMazeDataConfig, point_maze_env, point_maze_store, summarize_point_maze
+from steelyard.objectives import CalQLConfig, ControlConfig, CQLConfig, IQLConfig
+from steelyard.objectives.actor_critic import NetworkConfig
+from steelyard.report.html import write_report
+from steelyard.report.numbers import summarize
+from steelyard.report.summary import terminal_table
+from steelyard.train.loop import LoopConfig
+from steelyard.train.online import OnlineConfig
+from steelyard.workflows.control import Case, ControlRun, DataConfig, EvaluationConfig
+
+CaseName = Literal["cal_ql", "cql", "iql"]
+LABELS = {"cal_ql": "Cal-QL", "cql": "CQL", "iql": "IQL"}
+
+
+@dataclass(frozen=True)
+class CalQLRecipe(Config):
+    """Pre-train on maze data with Cal-QL, CQL and IQL, fine-tune online, compare."""
+
+    cases: tuple[CaseName, ...] = ("cal_ql", "cql", "iql")
+    """Methods to run; the first is the one that the others are compared with."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Paired seeds: every method runs with each."""
+    workers: int = 2
+    """Runs at a time, one thread each."""
+    out: str | None = None
+    """Directory of the runs and the report; default: runs/cal_ql-SIZE-HASH. An unfinished one is resumed."""
+    prior: PointMazeDataConfig = field(default_factory=PointMazeDataConfig)
+    """Prior data: one data set for all methods and seeds."""
+    cal_ql: CalQLConfig = field(default_factory=CalQLConfig)
+    """Cal-QL's own settings."""
+    cql: CQLConfig = field(default_factory=CQLConfig)
+    """CQL's own settings."""
+    iql: IQLConfig = field(default_factory=IQLConfig)
+    """IQL's own settings."""
+    run: Annotated[ControlRun, tyro.conf.arg(name="")] = field(default_factory=ControlRun)
+    """What all runs share (objective, data.path, env and seed are set by the recipe)."""
+
+
+CLAIM = {
+    "source": "Nakamoto et al., Cal-QL, NeurIPS 2023",
+    "rows": [
+        {
+            "claim": "Cal-QL keeps improving online and ends high",
+            "case": "cal_ql",
+            "quantity": "after",
+            "differs": "a point maze with a two-dimensional action instead of AntMaze, Kitchen, Adroit; small networks",
+        },
+        {
+            "claim": "fine-tuning Cal-QL has a lower cumulative regret than CQL",
+            "case": "cal_ql",
+            "quantity": "evaluation_regret",
+            "against": "cql",
+            "differs": "fewer online steps; fixed conservative weight instead of a Lagrange multiplier",
+        },
+        {
+            "claim": "and a lower one than IQL",
+            "case": "cal_ql",
+            "quantity": "evaluation_regret",
+            "against": "iql",
+            "differs": "the same",
+        },
+        {
+            "claim": "CQL first unlearns when it goes online",
+            "case": "cql",
+            "quantity": "dip",
+            "differs": "visible only where CQL's offline policy succeeds at all (see its score before)",
+        },
+    ],
+}
+
+
+def run(config: CalQLRecipe, size: str) -> Path:
+    """Generate the prior data, run all cases with all seeds, write the report. Return the report's path."""
+    console = Console()
+    unplaced = replace(config, out=None, workers=1)  # where and how many at a time do not change the result
+    out = Path(config.out or f"runs/cal_ql-{size}-{config_hash(unplaced)[:8]}")
+    out.mkdir(parents=True, exist_ok=True)
+    data = out / "data"
+    if not data.exists():
+        store = point_maze_store(config.prior, data)
+        console.print(f"prior data: {summarize_point_maze(store, config.prior)}", markup=False, highlight=False)
+    folders = run_jobs(jobs(config, out, data), config.workers, f"cal_ql {size}")
+    names = ", ".join(LABELS[case] for case in config.cases)
+    title = f"Cal-QL on PointMaze {config.prior.size}: {names}"
+    claim = CLAIM if set(config.cases) == set(LABELS) and config.run.online.updates else None
+    page = write_report(folders, out, title, claim)
+    console.print(terminal_table(summarize([read_run(folder) for folder in folders])))
+    console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+    return page
+
+
+def jobs(config: CalQLRecipe, out: Path, data: Path) -> list[Job]:
+    """Return one job per seed and case; seeds outermost, so that a stopped recipe has whole comparisons."""
+    prior = config.prior
+    env = point_maze_env(prior.size, prior.start, prior.goal, prior.max_episode_steps, prior.action_repeat)
+    objectives: dict[str, ControlConfig] = {"cal_ql": config.cal_ql, "cql": config.cql, "iql": config.iql}
+    return [
+        Job(
+            replace(
+                config.run,
+                objective=objectives[case],
+                data=replace(config.run.data, path=str(data)),
+                env=env,
+                seed=seed,
+            ),
+            Case("cal_ql", case, LABELS[case]),
+            out / f"{case}-seed{seed}",
+        )
+        for seed in config.seeds
+        for case in config.cases
+    ]
+
+
+def _preset(
+    prior: PointMazeDataConfig,
+    conservative: CQLConfig,
+    run: ControlRun,
+    seeds: tuple[int, ...],
+    expectile: float,
+    inverse_temperature: float,
+) -> CalQLRecipe:
+    """Build a preset in which all methods share networks, discount, rates and target bounds."""
+    shared = {f.name: getattr(conservative, f.name) for f in fields(CQLConfig) if f.name not in ("kind", "lower_bound")}
+    iql = IQLConfig(
+        network=conservative.network,
+        discount=conservative.discount,
+        target_update_rate=conservative.target_update_rate,
+        learning_rate=conservative.critic_lr,
+        expectile=expectile,
+        inverse_temperature=inverse_temperature,
+        target_bounds=conservative.target_bounds,
+    )
+    return CalQLRecipe(seeds=seeds, prior=prior, cal_ql=CalQLConfig(**shared), cql=conservative, iql=iql, run=run)
+
+
+PRESETS = {
+    "tiny": _preset(
+        prior=PointMazeDataConfig(size="Medium", kind="play", action_repeat=4, steps=10_000, goal_fraction=0.12),
+        conservative=CQLConfig(
+            network=NetworkConfig(actor_hidden=(64, 64), critic_hidden=(64, 64), critic_init="mean_return"),
+            discount=0.98,
+            target_update_rate=0.02,
+            actor_lr=1e-3,
+            critic_lr=1e-3,
+            temperature_lr=1e-3,
+            cql_weight=5.0,
+            num_samples=4,
+            target_bounds=(-50.0, 0.0),
+        ),
+        run=ControlRun(
+            data=DataConfig(rewards=RewardConfig(scale=1.0, bias=-1.0, horizon="sparse", step_reward=0.0)),
+            offline_steps=4_000,
+            batch_size=128,
+            online=OnlineConfig(env_steps=2_000),
+            evaluation=EvaluationConfig(every_offline=2_000, every_online=200, renders=True),
+            loop=LoopConfig(log_every=200, checkpoint_every=2_000),
+        ),
+        seeds=(0, 1, 2),
+        expectile=0.9,
+        inverse_temperature=10.0,
+    ),
+}

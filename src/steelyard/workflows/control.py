@@ -1,0 +1,339 @@
+"""A control run: prior data -> offline updates -> online fine-tuning -> evaluation, in one run directory.
+
+Everything is a field of `ControlRun`; a run is made by `start`, continued by `resume`. Both end in `_carry_on`, which
+is also what a recipe, the command line and a test call.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from steelyard import runtime
+from steelyard.artefact import ControlArtefact, find
+from steelyard.bench.evaluate import evaluate, mean_score, play, score_of
+from steelyard.config import Config, config_hash, read_config, to_json
+from steelyard.data.episode import Spec
+from steelyard.data.formats import open_dataset
+from steelyard.data.replay import ReplayBuffer
+from steelyard.data.returns import RewardConfig
+from steelyard.data.source import OfflineSource
+from steelyard.envs.gym import EnvConfig, VectorEnv, make, render_episode, spec_of
+from steelyard.errors import CheckpointError, ConfigError, DataError, SteelyardError
+from steelyard.objectives import CalQLConfig, ControlConfig, build_learner
+from steelyard.objectives.actor_critic import DataStatistics, observation_size
+from steelyard.objectives.base import Learner, Scorer
+from steelyard.rng import numpy_generator, torch_generator
+from steelyard.train import checkpoint
+from steelyard.train.loop import Interrupted, LoopConfig, Stage, fit
+from steelyard.train.online import OnlineConfig, OnlineSource
+from steelyard.train.optim import OptimConfig, Optimizers
+from steelyard.train.rundir import RunDir
+
+CALIBRATION_SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """Prior data."""
+
+    path: str | None = None
+    """Data set in any known format; None: no prior data (online learning from scratch)."""
+    format: str = "auto"
+    """Its format, where it cannot be told from the files: see `steelyard data convert --help`."""
+    observation_keys: tuple[str, ...] | None = None
+    """Which observation arrays to use, in this order; None: all of them."""
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    """Scale, bias and tail rule; online rewards are treated the same way."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Config):
+    """How often and how the policy is evaluated."""
+
+    episodes: int = 10
+    """Episodes per evaluation, always from the same initial states for a seed."""
+    parallel: int = 10
+    """Environments stepped together."""
+    every_offline: int = 5_000
+    """Offline updates between evaluations; 0: none."""
+    every_online: int = 1_000
+    """Online environment steps between evaluations; there is always one before the first step."""
+    score_range: tuple[float, float] | None = None
+    """Returns that count as score 0 and 1, for tasks without a success rule."""
+    renders: bool = False
+    """Draw one episode of the final policy for the report (needs OpenGL)."""
+
+
+@dataclass(frozen=True)
+class ControlRun(Config):
+    """One run: everything that decides its result."""
+
+    objective: ControlConfig = field(default_factory=CalQLConfig)
+    """What is learned, and how."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prior data."""
+    env: EnvConfig | None = None
+    """Environment to evaluate and fine-tune in; None: offline updates only, without evaluation."""
+    offline_steps: int = 20_000
+    """Offline updates."""
+    batch_size: int = 256
+    """Transitions per update."""
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    """Online fine-tuning."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Log and checkpoint intervals."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    runtime: runtime.RuntimeConfig = field(default_factory=runtime.RuntimeConfig)
+    """Threads, precision, device."""
+    initial: str | None = None
+    """Run or checkpoint to start from: its weights, multipliers and optimiser state."""
+    seed: int = 0
+    """Of everything random in the run."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which comparison a run belongs to; only the report reads it."""
+
+    recipe: str = "train"
+    case: str = ""
+    label: str = ""
+
+
+def start(config: ControlRun, run_dir: str | Path, case: Case | None = None, quiet: bool = False) -> Path:
+    """Begin a run in a new directory and carry it to its end. Return the directory.
+
+    Raises:
+        SteelyardError: anything that makes the run impossible or stops it, in one sentence.
+        Interrupted: ctrl-C, after a checkpoint was written.
+    """
+    run = RunDir(run_dir)
+    parts = _Parts(config)  # whatever is wrong with data or environment shows before a directory is made
+    run.create()
+    case = case or Case()
+    run.write_json("config.json", to_json(config))
+    run.write_json(
+        "case.json",
+        {
+            "recipe": case.recipe,
+            "case": case.case or config.objective.kind,
+            "label": case.label or config.objective.kind,
+            "seed": config.seed,
+            "config_hash": config_hash(config),
+            "data_hash": parts.store.content_hash if parts.store else None,
+        },
+    )
+    run.write_json("environment.json", runtime.describe())
+    return _carry_on(config, run, parts, None, quiet)
+
+
+def resume(run_dir: str | Path, quiet: bool = False) -> Path:
+    """Continue a run that was stopped at any moment, exactly as if it had not been. Return its directory.
+
+    Raises:
+        CheckpointError: the directory holds no run, or its files are damaged.
+        DataError: the data have changed since.
+    """
+    run = RunDir(run_dir)
+    if not (run.path / "config.json").is_file():
+        raise CheckpointError(f"{run.path}: holds no run (no config.json in it)")
+    config = read_config(ControlRun, run.path / "config.json")
+    parts = _Parts(config)
+    case_file = run.path / "case.json"
+    if not case_file.is_file():  # killed between the two first files
+        raise CheckpointError(f"{case_file}: missing; the run had not begun, start it anew")
+    recorded = json.loads(case_file.read_text())["data_hash"]
+    if parts.store is not None and recorded != parts.store.content_hash:
+        raise DataError(f"{config.data.path}: not the data that {run.path} began with; its content hash has changed")
+    found = None
+    if checkpoint.steps(run.checkpoints):
+        found = checkpoint.load(checkpoint.last(run.checkpoints))
+    run.truncate_logs(found.state["logs"] if found else dict.fromkeys(run.log_sizes(), 0))
+    run.event(f"resumed at update {found.step if found else 0}")
+    return _carry_on(config, run, parts, found, quiet)
+
+
+class _Parts:
+    """Data, environment spec and learner of a config, checked against each other."""
+
+    def __init__(self, config: ControlRun) -> None:
+        runtime.prepare(config.runtime)
+        path = config.data.path
+        self.store = None if path is None else open_dataset(path, config.data.format)
+        env_spec: Spec | None = None
+        if config.env is not None:
+            env = make(config.env)
+            env_spec = spec_of(env, config.env)
+            env.close()
+        if self.store is None and env_spec is None:
+            raise ConfigError("the run has neither data (data.path) nor an environment (env.id)")
+        discount, seed = config.objective.discount, config.seed
+        self.offline: OfflineSource | None = None
+        if self.store is not None:
+            self.offline = OfflineSource(
+                self.store, config.data.rewards, discount, config.batch_size, seed, config.data.observation_keys
+            )
+            self.spec = self.offline.spec
+            statistics = self.offline.statistics()
+        if env_spec is not None:
+            if self.offline is not None and config.env is not None:
+                self.offline.spec.require_match(env_spec, f"data {path}", f"environment {config.env.id!r}")
+            self.spec = env_spec
+        if self.offline is None:
+            size = observation_size(self.spec)
+            statistics = DataStatistics(torch.zeros(size), torch.ones(size), 0.0)
+        if config.offline_steps and self.offline is None:
+            raise ConfigError(f"offline_steps is {config.offline_steps}, but data.path names no prior data")
+        if config.online.env_steps and config.env is None and config.online.updates:
+            raise ConfigError("online.env_steps is above 0, but env.id names no environment; set online.env_steps to 0")
+        self.learner = build_learner(self.spec, config.objective, statistics, torch_generator(seed, "initial weights"))
+        self.learner.to(config.runtime.device)
+        self.optimizers = Optimizers(self.learner, config.optim)
+        if config.initial is not None:
+            begin = checkpoint.load(find(config.initial))
+            checkpoint.load_into(self.learner, begin.model, config.initial)
+            self.optimizers.load_state_tensors(begin.optimizers)
+
+
+def _carry_on(
+    config: ControlRun, run: RunDir, parts: _Parts, found: checkpoint.Checkpoint | None, quiet: bool
+) -> Path:
+    run.status("running")
+    try:
+        _phases(config, run, parts, found, quiet)
+    except Interrupted:
+        run.status("interrupted", "ctrl-C")
+        run.event("interrupted; a checkpoint was written")
+        raise
+    except SteelyardError as error:
+        run.status("failed", str(error))
+        run.event(f"failed: {error}")
+        raise
+    run.status("done")
+    return run.path
+
+
+def _phases(
+    config: ControlRun, run: RunDir, parts: _Parts, found: checkpoint.Checkpoint | None, quiet: bool
+) -> None:
+    learner, optimizers = parts.learner, parts.optimizers
+    begin = 0
+    if found is not None:
+        checkpoint.load_into(learner, found.model, str(found.path))
+        optimizers.load_state_tensors(found.optimizers)
+        begin = found.step
+    artefact = ControlArtefact(config.objective, parts.spec, config.env).plain()
+    examiner = _Examiner(config, run, learner, parts.offline)
+    evaluation, online = config.evaluation, config.online
+
+    def go(source: OfflineSource | OnlineSource, stage: Stage) -> None:
+        fit(
+            learner,
+            source,
+            optimizers,
+            stage,
+            config.loop,
+            run,
+            seed=config.seed,
+            start=max(begin, stage.first),
+            artefact=artefact,
+            evaluate=lambda step: examiner.look(stage, step, source.counters()["env_step"]),
+            quiet=quiet,
+            label=f"{config.objective.kind} seed {config.seed} {stage.name}",
+        )
+
+    middle = config.offline_steps
+    if begin < middle:
+        assert parts.offline is not None
+        go(parts.offline, Stage("offline", 0, middle, evaluation.every_offline))
+    if config.env is not None and online.updates > 0:
+        env = VectorEnv(config.env, online.num_envs, config.seed, "online")
+        buffer = ReplayBuffer(
+            online.capacity,
+            observation_size(parts.spec),
+            int(np.prod(parts.spec.actions.shape)),
+            config.data.rewards,
+            config.objective.discount,
+        )
+        source = OnlineSource(
+            learner.policy(), env, parts.offline, buffer, online, config.batch_size, config.seed, middle,
+            on_episode=lambda row: run.append("train_episodes.jsonl", [examiner.scored(row)]),
+        )  # fmt: skip
+        if found is not None and found.state["stage"] == "online":
+            source.load_state_tensors(found.source)
+        every = max(1, round(evaluation.every_online * online.utd_ratio)) if evaluation.every_online else 0
+        go(source, Stage("online", middle, middle + online.updates, every))
+        env.close()
+    examiner.record()
+
+
+class _Examiner:
+    """Evaluates the policy and writes what the report needs; never touches what training draws from."""
+
+    def __init__(self, config: ControlRun, run: RunDir, learner: Learner, offline: OfflineSource | None) -> None:
+        self.config, self.run, self.learner, self.offline = config, run, learner, offline
+        self.env: VectorEnv | None = None
+        if config.env is not None:
+            count = min(config.evaluation.parallel, config.evaluation.episodes)
+            self.env = VectorEnv(config.env, count, config.seed, "eval")
+
+    def look(self, stage: Stage, step: int, env_step: int) -> float | None:
+        """Evaluate after update `step`, append rows, and return the mean score."""
+        if step == stage.stop:
+            self._calibrate(stage.name)
+        if self.env is None:
+            return None
+        evaluation = self.config.evaluation
+        rows = evaluate(
+            self.learner.policy(), self.env, evaluation.episodes, self.config.seed, score_range=evaluation.score_range
+        )
+        self.run.append(
+            "eval.jsonl", [{"phase": stage.name, "update_step": step, "env_step": env_step} | row for row in rows]
+        )
+        return mean_score(rows)
+
+    def scored(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a training episode's row with its score."""
+        return row | {"score": score_of(row["success"], row["return"], self.config.evaluation.score_range)}
+
+    def _calibrate(self, phase: str) -> None:
+        """Compare Q at data actions with the return-to-go that the data obtained from there."""
+        if self.offline is None or not isinstance(self.learner, Scorer):
+            return
+        count = min(CALIBRATION_SAMPLES, self.offline.store.num_steps)
+        chosen = numpy_generator(self.config.seed, "calibration").choice(self.offline.store.num_steps, count, replace=False)
+        batch = self.offline.gather(np.sort(chosen))
+        device = self.config.runtime.device
+        pairs = zip(self.learner.score(batch.to(device)).tolist(), batch.returns_to_go.tolist(), strict=True)
+        self.run.append("calibration.jsonl", [{"phase": phase, "q": q, "return_to_go": g} for q, g in pairs])
+
+    def record(self) -> None:
+        """Write the path of one evaluation episode, and its frames if asked for."""
+        if self.env is None or self.config.env is None:
+            return
+        policy = self.learner.policy()
+
+        def act(observations: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            rows = torch.from_numpy(observations).to(self.config.runtime.device)
+            return policy.act(rows, torch_generator(0, "record"), "mean").cpu().numpy()
+
+        path = play(self.config.env, act, self.config.seed, "eval")
+        self.run.write_json("trajectory.json", path)
+        if not self.config.evaluation.renders:
+            return
+        try:
+            frames = render_episode(self.config.env, act, self.config.seed, "eval", every=4)
+        except SteelyardError as error:
+            (self.run.path / "render_error.txt").write_text(str(error) + "\n")
+            return
+        np.savez_compressed(self.run.path / "frames.npz", frames=np.stack(frames))
