@@ -4,9 +4,9 @@
 
 A full update is timed: targets, penalty, critic, actor, temperature and multiplier steps, target networks, and what
 each library does with its metrics. Batches are drawn before the clock starts, for everyone. Every contender is a
-process of its own with the same number of threads; they take turns in short bursts (A B C, B C A, ...), so that whatever
-else the machine does hits all alike, and a ratio is the median over turns of the ratio within a turn. What is counted
-and how to read the table: docs/benchmarks.md.
+process of its own with the same number of threads; they take turns in short bursts (A B C, B C A, ...), so that
+whatever else the machine does hits all alike, and a ratio is the median over turns of the ratio within a turn. What is
+counted and how to read the table: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Task:
     def flops(self) -> float:
         """Floating-point operations of one update's matrix products, counted by hand.
 
-        Two per multiply-add. The penalty needs Q of 3 N + 1 actions a state forward and backward (backward: once for the
-        weights, once for the inputs of all layers but the first), the max backup needs Q of N actions forward, the
+        Two per multiply-add. The penalty needs Q of 3 N + 1 actions a state forward and backward (backward: once for
+        the weights, once for the inputs of all layers but the first), the max backup needs Q of N actions forward, the
         actor's step one action forward and back to the action. The count takes every row of a first layer in full and
         sampling once per state; a library that repeats or shares work does more or less than this.
         """
@@ -71,11 +71,13 @@ def _products(sizes: tuple[int, ...]) -> int:
 
 SMALL, CORL_ACTOR = (256, 256), (256, 256, 256)
 OURS = "steelyard"
+AGAINST_D3RLPY = (OURS, "steelyard, kept memory", "d3rlpy", "d3rlpy, our settings")
+AGAINST_CORL = (OURS, "steelyard, kept memory", "CORL", "CORL, our settings")
 TASKS = (
-    Task("cal_ql 256x2", "cal_ql", SMALL, SMALL, (OURS, "d3rlpy", "d3rlpy, our settings", "steelyard bf16")),
-    Task("cql 256x2", "cql", SMALL, SMALL, (OURS, "d3rlpy", "d3rlpy, our settings")),
-    Task("cal_ql CORL 256x2", "cal_ql", CORL_ACTOR, SMALL, (OURS, "CORL", "CORL, our settings")),
-    Task("cal_ql CORL AntMaze 256x5", "cal_ql", CORL_ACTOR, (256,) * 5, (OURS, "CORL", "CORL, our settings")),
+    Task("cal_ql 256x2", "cal_ql", SMALL, SMALL, (*AGAINST_D3RLPY, "steelyard bf16")),
+    Task("cql 256x2", "cql", SMALL, SMALL, AGAINST_D3RLPY),
+    Task("cal_ql CORL 256x2", "cal_ql", CORL_ACTOR, SMALL, AGAINST_CORL),
+    Task("cal_ql CORL AntMaze 256x5", "cal_ql", CORL_ACTOR, (256,) * 5, AGAINST_CORL),
 )
 
 
@@ -91,7 +93,11 @@ class Contender:
             "PYTHONWARNINGS": "ignore",
         }
         self.process = subprocess.Popen(
-            [*command, f"--threads={threads}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [*command, f"--threads={threads}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self.facts = self._answer()["facts"]
         self.count = 1
@@ -149,19 +155,21 @@ class Report:
 
 def command(name: str, task: Task, options: argparse.Namespace) -> list[str] | str:
     """Return the command of a contender, or the reason why it cannot run."""
-    kind, _, variant = name.partition(",")
-    precision = "--precision=medium" if variant or kind.startswith(OURS) else "--precision=highest"
+    kind, _, variant = name.partition(", ")
+    common = task.arguments()
+    common.append("--precision=medium" if variant == "our settings" or kind.startswith(OURS) else "--precision=highest")
+    if variant:
+        common.append("--keep-memory")
     if kind == "d3rlpy":
         if options.d3rlpy_python is None:
             return "needs --d3rlpy-python: the Python of an environment with d3rlpy"
-        return [options.d3rlpy_python, str(PEERS / "d3rlpy_worker.py"), precision, *task.arguments()]
+        return [options.d3rlpy_python, str(PEERS / "d3rlpy_worker.py"), *common]
     if kind == "CORL":
         if options.corl_repo is None:
             return "needs --corl-repo: a clone of CORL"
-        script = [sys.executable, str(PEERS / "corl_worker.py"), f"--repo={options.corl_repo}"]
-        return [*script, precision, *task.arguments()]
+        return [sys.executable, str(PEERS / "corl_worker.py"), f"--repo={options.corl_repo}", *common]
     autocast = "--autocast=bf16" if kind.endswith("bf16") else "--autocast=off"
-    return [sys.executable, str(PEERS / "steelyard_worker.py"), autocast, precision, *task.arguments()]
+    return [sys.executable, str(PEERS / "steelyard_worker.py"), autocast, *common]
 
 
 def run_peaks(threads: int, report: Report) -> None:
@@ -198,7 +206,6 @@ def run_task(task: Task, threads: int, options: argparse.Namespace, report: Repo
     finally:
         for contender in running:
             contender.close()
-    ours = next((contender for contender in running if contender.name == OURS), None)
     peak = max(p["gflops"] for p in report.peaks if p["threads"] == threads and p["dtype"] == "float32")
     for contender in running:
         seconds = [turn["seconds"] for turn in contender.turns]
@@ -210,6 +217,7 @@ def run_task(task: Task, threads: int, options: argparse.Namespace, report: Repo
                 "contender": contender.name,
                 "ms": 1e3 * median,
                 "ms_least": 1e3 * min(seconds),
+                "cpu_ms": 1e3 * statistics.median(turn["cpu_seconds"] for turn in contender.turns),
                 "updates_per_second": 1 / median,
                 "gflops": task.flops() / median / 1e9,
                 "share_of_float32_peak": task.flops() / median / 1e9 / peak,
@@ -218,22 +226,24 @@ def run_task(task: Task, threads: int, options: argparse.Namespace, report: Repo
                 "facts": contender.facts,
             }
         )
-        if ours is not None and contender is not ours:
-            pairs = list(zip(contender.turns, ours.turns, strict=False))
-            wall = [other["seconds"] / own["seconds"] for other, own in pairs]
-            cpu = [other["cpu_seconds"] / own["cpu_seconds"] for other, own in pairs]
-            report.ratios.append(
-                {
-                    "task": task.name,
-                    "threads": threads,
-                    "ours_against": contender.name,
-                    "speedup": statistics.median(wall),
-                    "least": min(wall),
-                    "greatest": max(wall),
-                    "speedup_cpu_time": statistics.median(cpu),
-                    "turns": len(pairs),
-                }
-            )
+    for own, other in itertools.permutations(running, 2):
+        if own.name in (OURS, "steelyard, kept memory"):
+            report.ratios.append({"task": task.name, "threads": threads, **ratio(own, other)})
+
+
+def ratio(own: Contender, other: Contender) -> dict[str, Any]:
+    """Return how much faster one contender was than another: medians over turns of the ratio within a turn."""
+    pairs = list(zip(other.turns, own.turns, strict=False))
+    wall = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
+    return {
+        "contender": own.name,
+        "against": other.name,
+        "speedup": statistics.median(wall),
+        "least": min(wall),
+        "greatest": max(wall),
+        "speedup_cpu_time": statistics.median(theirs["cpu_seconds"] / ours["cpu_seconds"] for theirs, ours in pairs),
+        "turns": len(pairs),
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -264,24 +274,28 @@ def machine() -> dict[str, Any]:
 
 def table(report: Report) -> str:
     """Return the report as plain text."""
-    lines = [f"{report.machine['cpu']}, {report.machine['cores']} cores ({', '.join(report.machine['instructions'])})"]
-    lines.append(f"load at start {report.machine['load_at_start'][0]:.1f}, at end {report.machine['load_at_end'][0]:.1f}")
-    lines += ["", f"{'matrix product':<28}{'threads':>8}{'size':>7}{'GFLOP/s':>10}"]
+    about = report.machine
+    lines = [
+        f"{about['cpu']}, {about['cores']} cores ({', '.join(about['instructions'])})",
+        f"load at start {about['load_at_start'][0]:.1f}, at end {about['load_at_end'][0]:.1f}",
+        "",
+        f"{'matrix product':<28}{'threads':>8}{'size':>7}{'GFLOP/s':>10}",
+    ]
     for peak in report.peaks:
         name = f"{peak['dtype']}, {peak['precision']}"
         lines.append(f"{name:<28}{peak['threads']:>8}{peak['size']:>7}{peak['gflops']:>10.1f}")
-    lines += ["", f"{'task':<27}{'thr':>4}  {'contender':<22}{'ms':>9}{'least':>9}{'/s':>8}{'GFLOP/s':>9}{'of peak':>9}"]
+    left = f"{'task':<27}{'thr':>4}  {'contender':<24}"
+    lines += ["", left + f"{'ms':>9}{'least':>9}{'CPU ms':>9}{'/s':>8}{'GFLOP/s':>9}{'of peak':>9}"]
     for row in report.rows:
-        lines.append(
-            f"{row['task']:<27}{row['threads']:>4}  {row['contender']:<22}{row['ms']:>9.1f}{row['ms_least']:>9.1f}"
-            f"{row['updates_per_second']:>8.2f}{row['gflops']:>9.1f}{row['share_of_float32_peak']:>8.0%}"
-        )
-    lines += ["", f"{'speed-up of steelyard':<27}{'thr':>4}  {'against':<22}{'wall':>9}{'least':>9}{'most':>8}{'CPU':>9}"]
-    for ratio in report.ratios:
-        lines.append(
-            f"{ratio['task']:<27}{ratio['threads']:>4}  {ratio['ours_against']:<22}{ratio['speedup']:>9.2f}"
-            f"{ratio['least']:>9.2f}{ratio['greatest']:>8.2f}{ratio['speedup_cpu_time']:>9.2f}"
-        )
+        left = f"{row['task']:<27}{row['threads']:>4}  {row['contender']:<24}"
+        left += f"{row['ms']:>9.1f}{row['ms_least']:>9.1f}{row['cpu_ms']:>9.1f}{row['updates_per_second']:>8.2f}"
+        lines.append(left + f"{row['gflops']:>9.1f}{row['share_of_float32_peak']:>9.0%}")
+    left = f"{'speed-up of':<27}{'thr':>4}  {'against':<24}"
+    for own in (OURS, "steelyard, kept memory"):
+        lines += ["", f"{own}:", left + f"{'wall':>9}{'least':>9}{'most':>8}{'CPU':>9}"]
+        for ratio in (ratio for ratio in report.ratios if ratio["contender"] == own):
+            left_row = f"{ratio['task']:<27}{ratio['threads']:>4}  {ratio['against']:<24}{ratio['speedup']:>9.2f}"
+            lines.append(left_row + f"{ratio['least']:>9.2f}{ratio['greatest']:>8.2f}{ratio['speedup_cpu_time']:>9.2f}")
     for error in report.autocast:
         lines.append(
             f"\nbf16 autocast, {error['threads']} thread(s): relative error of the critic's gradient "

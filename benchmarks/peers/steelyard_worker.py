@@ -8,6 +8,7 @@ import torch
 from worker import NUM_BATCHES, batches, parser, prepare, serve
 
 import steelyard
+from steelyard import runtime
 from steelyard.data.batch import TransitionBatch
 from steelyard.data.episode import ArraySpec, Spec
 from steelyard.objectives.actor_critic import DataStatistics, NetworkConfig
@@ -45,6 +46,7 @@ def main() -> None:
     arguments.add_argument("--autocast", choices=("off", "bf16"), default="off")
     options = arguments.parse_args()
     prepare(options)
+    runtime.prepare(runtime.RuntimeConfig(threads=options.threads, matmul_precision=options.precision))
     learner = build(options)
     optimizers = Optimizers(learner, OptimConfig(autocast=options.autocast))
     ready = []

@@ -11,6 +11,7 @@ to stdin, the contender answers with one JSON line:
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument("--algorithm", choices=("cql", "cal_ql"), default="cal_ql")
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--precision", choices=("highest", "high", "medium"), default="highest")
+    found.add_argument("--keep-memory", action="store_true", help="the allocator returns no memory to the system")
     found.add_argument("--observation", type=int, default=29)
     found.add_argument("--action", type=int, default=8)
     found.add_argument("--batch", type=int, default=256)
@@ -39,10 +41,24 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Set threads and matmul precision, and seed torch."""
+    """Set threads, matmul precision and the allocator, and seed torch."""
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.precision)
+    if options.keep_memory:
+        keep_memory()
     torch.manual_seed(0)
+
+
+def keep_memory() -> None:
+    """Ask glibc to reuse large blocks: handing 16 MB back at every update means faulting it in page by page again."""
+    mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # names and values of mallopt(3)
+    libc = ctypes.CDLL(None)
+    accepted = [
+        libc.mallopt(mmap_threshold, 32 << 20),  # the largest value that glibc takes
+        libc.mallopt(trim_threshold, 1 << 30),
+        libc.mallopt(top_pad, 64 << 20),
+    ]
+    assert all(accepted), "glibc refused an allocator setting"
 
 
 def batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:

@@ -44,7 +44,6 @@ def test_shards_partition_the_batch():
         ShardedSampler(whole, 3, 3)
 
 
-@pytest.mark.xfail(reason="three sources or more: rounded edges can give a source -1 rows in one batch", strict=False)
 @settings(max_examples=60, deadline=None)
 @given(
     weights=st.lists(st.floats(0, 10), min_size=1, max_size=5).filter(lambda w: sum(w) > 0.1),
@@ -56,7 +55,7 @@ def test_mixture_is_exact_over_time(weights, batch, batches):
     assert (counts >= 0).all()
     assert (counts.sum(1) == batch).all()
     share = np.array(weights) / sum(weights)
-    assert np.abs(counts.cumsum(0) - share * batch * np.arange(1, batches + 1)[:, None]).max() <= 1 + 1e-9
+    assert np.abs(counts.cumsum(0) - share * batch * np.arange(1, batches + 1)[:, None]).max() <= (len(weights) - 1) / 2 + 1e-9
 
 
 @settings(max_examples=60, deadline=None)

@@ -357,6 +357,23 @@ def test_unpaired_seeds_and_other_data_are_said(tmp_path):
     write_report(runs, tmp_path / "out", "t")
 
 
+def test_evaluation_episodes_that_are_all_alike_are_said(tmp_path):
+    run = make_run(tmp_path)
+    assert "all alike" not in " ".join(notes(summarize([read_run(run)]).recipes[0]))
+    write_lines(run / "eval.jsonl", [row | {"return": 1.0, "length": 50} for row in rows_of(run)])
+    assert "all alike" in " ".join(notes(summarize([read_run(run)]).recipes[0]))
+
+
+def test_keys_with_different_values_come_before_keys_that_a_case_lacks(tmp_path):
+    runs = [
+        make_run(tmp_path, "a", config={"zeta": 1, "only_here": 2}),
+        make_run(tmp_path, "b", config={"zeta": 3}),
+    ]
+    rows = Page(write_report(runs, tmp_path / "out", "t").read_text()).rows
+    keys = [row[0] for row in rows if len(row) == 3 and row[0] in ("objective.kind", "zeta", "only_here")]
+    assert keys == ["objective.kind", "zeta", "only_here"]
+
+
 def test_several_tasks_are_put_together_with_stratified_intervals(tmp_path):
     runs = [
         make_run(tmp_path / task, case, seed, recipe=task, after=after)

@@ -177,7 +177,7 @@ def _recipe(heading: str, recipe: RecipeSummary, tables: Sequence[Table]) -> str
     parts.append("<h3>One episode of each case</h3>" + _panels(episodes))
     pictures, left_out = plots.metrics(recipe.cases)
     if pictures:
-        words = "One line per run; long curves are thinned to block means."
+        words = "One line per run, thinned to block means; a vertical line marks where fine-tuning begins."
         if left_out:
             words += f" Also in metrics.jsonl: {', '.join(left_out)}."
         parts.append(f'<h3>Training</h3><p class="caption">{html.escape(words)}</p>{plots.legend(recipe.cases)}')

@@ -128,6 +128,8 @@ def calibration(case: CaseSummary, part: CalibrationSummary, index: int) -> Pict
 def metrics(cases: Sequence[CaseSummary]) -> tuple[list[Picture], list[str]]:
     """Plot the most telling training metrics as small multiples; also return the names left out."""
     names = sorted({name for case in cases for run in case.runs for name in run.metrics}, key=_telling)
+    firsts = (case.runs[0].evaluations for case in cases)
+    beginnings = sorted({int(rows.update_step[rows.online].min()) for rows in firsts if rows.online.any()})
     pictures = []
     for name in names[:PANELS]:
         figure = _figure(2.9, 1.9)
@@ -138,6 +140,8 @@ def metrics(cases: Sequence[CaseSummary]) -> tuple[list[Picture], list[str]]:
                     series = run.metrics[name]
                     x, y = thin(series.update_step.astype(np.float64), series.value)
                     axis.plot(x, y, _style(index), color=colour(index), linewidth=1, alpha=0.75)
+        for begin in beginnings:
+            axis.axvline(begin, color=INK, linewidth=0.8, alpha=0.5)
         _dress(axis, "updates", "")
         _short_ticks(axis)
         pictures.append(Picture(_svg(figure, f"metric/{name}", f"{name} against updates, one line a run"), name))

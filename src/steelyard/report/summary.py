@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -68,23 +70,24 @@ def _absolute(difference: Estimate) -> str:
     return Estimate(-difference.value, -difference.high, -difference.low, difference.n).text()
 
 
-def terminal_table(summary: Summary) -> RichTable:
-    """Return the result table for the terminal: one line a case, the same numbers as in the report."""
-    shown = [q for q in QUANTITIES if any(q.name in case.estimates for r in summary.recipes for case in r.cases)]
+def terminal_table(summary: Summary) -> Group:
+    """Return one table a recipe for the terminal, a column a case, and the sentence; numbers as in the report."""
+    tables = [_recipe_table(recipe) for recipe in summary.recipes]
     # Text, not str: labels come from files and must not be read as markup
-    table = RichTable(caption=Text(sentence(summary)), caption_justify="left")
-    table.add_column("case", overflow="fold")
-    table.add_column("runs", justify="right")
-    for quantity in shown:
-        table.add_column(quantity.title, justify="right")
-    for recipe in summary.recipes:
-        for case in recipe.cases:
-            failed = sum(run.status == "failed" for run in case.runs)
-            name = case.label if len(summary.recipes) == 1 else f"{recipe.recipe}: {case.label}"
-            cells = [case.estimates[q.name].text() if q.name in case.estimates else "-" for q in shown]
-            table.add_row(
-                Text(name), f"{len(case.runs)}" + (f" ({failed} failed)" if failed else ""), *map(Text, cells)
-            )
+    return Group(*tables, Text(sentence(summary)))
+
+
+def _recipe_table(recipe: RecipeSummary) -> RichTable:
+    table = RichTable(title=Text(recipe.recipe), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("mean [95% interval]")
+    for case in recipe.cases:
+        failed = sum(run.status == "failed" for run in case.runs)
+        count = "one run" if len(case.runs) == 1 else f"{len(case.runs)} runs"
+        table.add_column(Text(f"{case.label}\n{count}" + (f", {failed} failed" if failed else "")), justify="right")
+    for quantity in QUANTITIES:
+        estimates = [case.estimates.get(quantity.name) for case in recipe.cases]
+        if any(estimates):
+            table.add_row(quantity.title, *(Text("-" if e is None else e.text()) for e in estimates))
     return table
 
 
@@ -113,6 +116,11 @@ def notes(recipe: RecipeSummary) -> list[str]:
         finished = {tuple(run.points("online").step) for run in case.runs if run.status == "done"}
         if len(finished) > 1:
             found.append(f"{case.label}: runs were evaluated at different steps; the curve interpolates linearly.")
+    if all(_alike(run) for case in cases for run in case.runs):
+        found.append(
+            "The final evaluation episodes of each run are all alike: they say no more than one episode a run, and the "
+            "Wilson interval, which takes them for independent, is too narrow."
+        )
     reference = cases[0]
     for case in cases[1:]:
         pairs = paired(case.runs, reference.runs)
@@ -140,6 +148,17 @@ def notes(recipe: RecipeSummary) -> list[str]:
     return found
 
 
+def _last(run: Run) -> Ints:
+    """Return the rows of the last evaluation; none if a failed run made none."""
+    points = run.points("online").episodes or run.points("offline").episodes
+    return points[-1] if points else np.zeros(0, np.int64)
+
+
 def _final_seeds(run: Run) -> Ints:
-    last = run.points("online").episodes or run.points("offline").episodes
-    return np.sort(run.evaluations.episode_seed[last[-1]])
+    return np.sort(run.evaluations.episode_seed[_last(run)])
+
+
+def _alike(run: Run) -> bool:
+    rows = _last(run)
+    returns, lengths = run.evaluations.returns[rows], run.evaluations.length[rows]
+    return len(rows) > 1 and bool(np.all(returns == returns[0]) and np.all(lengths == lengths[0]))

@@ -242,12 +242,18 @@ def _calibration(recipe: RecipeSummary) -> Table:
 
 def _config_differences(recipe: RecipeSummary) -> Table:
     firsts = [case.runs[0] for case in recipe.cases]
-    keys = sorted({key for first in firsts[1:] for key in config_difference(firsts[0], first)})
     configs = [flatten(first.config) for first in firsts]
-    rows = tuple((key, *(_json(config[key]) if key in config else MISSING for config in configs)) for key in keys)
+    keys = {key for first in firsts[1:] for key in config_difference(firsts[0], first)}
+
+    def values(key: str) -> int:
+        return len({_json(config[key]) for config in configs if key in config})
+
+    ordered = sorted(keys, key=lambda key: (values(key) == 1, key))
+    rows = tuple((key, *(_json(config[key]) if key in config else MISSING for config in configs)) for key in ordered)
     return Table(
         f"Config differences ({recipe.recipe})" if rows else f"Config differences ({recipe.recipe}): none",
-        "Only the keys that differ between the cases (first seed of each); '-' where a case does not have the key.",
+        "Only the keys that differ between the cases (first seed of each). '-' stands for a key that a case does not "
+        "have; keys that differ in this way only come last.",
         ("key", *(case.label for case in recipe.cases)),
         rows,
     )
