@@ -19,6 +19,9 @@ from steelyard.train.guards import FiniteGuard
 from steelyard.train.loop import update
 from steelyard.train.optim import OptimConfig, Optimizers
 
+Q_SPREAD = 30.0
+"""Standard deviation of Q at which the error of bf16 is measured."""
+
 
 def build(options: Any) -> CQL:
     """Return the learner: importance sampling, max backup, learned multiplier and temperature."""
@@ -56,10 +59,13 @@ def main() -> None:
     guard = FiniteGuard()
 
     def autocast_error() -> dict[str, float]:
+        with torch.no_grad():  # stretch Q, which is almost flat after a few updates, to the spread of a trained critic
+            prepared = learner.prepare(ready[0])
+            spread = learner.nets.critic(prepared.observations, prepared.actions).std()
+            learner.nets.critic.output.weight.mul_(Q_SPREAD / spread)
         exact, rounded = (gradient(learner, ready[0], autocast) for autocast in (False, True))
         cosine = torch.nn.functional.cosine_similarity(exact, rounded, dim=0)
         with torch.no_grad():
-            prepared = learner.prepare(ready[0])
             q = learner.nets.critic(prepared.observations, prepared.actions)
             with torch.autocast("cpu", torch.bfloat16):
                 q_rounded = learner.nets.critic(prepared.observations, prepared.actions)

@@ -1,7 +1,7 @@
 """The artefact: what leaves a run. Weights, normalisers, spec and environment in one directory, read without the data.
 
-    policy = steelyard.load("runs/mine")          # a run, a checkpoint, or a pretrained/ directory
-    action = policy(observation)                  # numpy in, numpy out
+policy = steelyard.load("runs/mine")          # a run, a checkpoint, or a pretrained/ directory
+action = policy(observation)                  # numpy in, numpy out
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def find(path: str | Path, which: Literal["last", "best"] = "last") -> Path:
         return path.parent
     folder = path / "checkpoints"
     if not folder.is_dir():
-        raise CheckpointError(f"{path}: neither a run nor a checkpoint (no checkpoints/ and no {checkpoint.MANIFEST} in it)")
+        raise CheckpointError(
+            f"{path}: neither a run nor a checkpoint (no checkpoints/ and no {checkpoint.MANIFEST} in it)"
+        )
     return checkpoint.best(folder) if which == "best" else checkpoint.last(folder)
 
 
@@ -107,9 +109,7 @@ class LoadedPolicy:
         self._calls += 1
         return actions[0] if single else actions
 
-    def value(
-        self, observations: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]
-    ) -> npt.NDArray[np.float32]:
+    def value(self, observations: npt.NDArray[np.float32], actions: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return min_i Q_i(s, a) [B] for raw observations [B, O] and actions [B, A]."""
         score = getattr(self.learner, "score", None)
         if score is None:
@@ -130,8 +130,16 @@ class LoadedPolicy:
             missing = [key for key in self.spec.observations if key not in observation]
             if missing:
                 raise DataError(f"observation lacks {missing[0]!r}; the policy needs {list(self.spec.observations)}")
-            return np.concatenate([np.asarray(observation[key], np.float32).ravel() for key in self.spec.observations])
-        flat = np.asarray(observation, np.float32)
+            parts = []
+            for key, entry in self.spec.observations.items():
+                values = np.asarray(observation[key], np.float32)
+                lead = values.shape[: values.ndim - len(entry.shape)]
+                if values.shape[len(lead) :] != entry.shape or len(lead) > 1:
+                    raise DataError(f"observation {key!r} has shape {values.shape}, expected {entry.shape} or [B, ...]")
+                parts.append(values.reshape(*lead, -1))
+            flat = np.concatenate(parts, axis=-1)
+        else:
+            flat = np.asarray(observation, np.float32)
         size = observation_size(self.spec)
         if flat.shape[-1:] != (size,):
             raise DataError(f"observation has shape {flat.shape}, expected [{size}] or [B, {size}]")

@@ -38,6 +38,4 @@ def require(module: str, extra: str) -> ModuleType:
         root = module.split(".", maxsplit=1)[0]
         if error.name is not None and error.name.split(".", maxsplit=1)[0] != root:
             raise  # the module is there; something it needs is not
-        raise MissingExtraError(
-            f"{root} is not installed; install it with: pip install 'steelyard[{extra}]'"
-        ) from None
+        raise MissingExtraError(f"{root} is not installed; install it with: pip install 'steelyard[{extra}]'") from None

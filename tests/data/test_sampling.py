@@ -55,7 +55,10 @@ def test_mixture_is_exact_over_time(weights, batch, batches):
     assert (counts >= 0).all()
     assert (counts.sum(1) == batch).all()
     share = np.array(weights) / sum(weights)
-    assert np.abs(counts.cumsum(0) - share * batch * np.arange(1, batches + 1)[:, None]).max() <= (len(weights) - 1) / 2 + 1e-9
+    assert (
+        np.abs(counts.cumsum(0) - share * batch * np.arange(1, batches + 1)[:, None]).max()
+        <= (len(weights) - 1) / 2 + 1e-9
+    )
 
 
 @settings(max_examples=60, deadline=None)

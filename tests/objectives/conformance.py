@@ -527,10 +527,10 @@ def random_point_return() -> float:
 def check_learns(config: ControlConfig, expert: bool = False, updates: int = 300) -> None:
     """After a few hundred updates the greedy action points the right way in more than 90 % of states."""
     source = point_source(expert)
-    learner = build_learner(POINT_SPEC, config, source.statistics(), seeded())
+    # an untrained net may by luck point the right way everywhere: begin with one that does not
+    candidates = (build_learner(POINT_SPEC, config, source.statistics(), seeded(seed)) for seed in range(20))
+    learner = next(candidate for candidate in candidates if point_results(candidate)[0] < 0.6)
     optimizers = optimizers_of(learner)
-    share_before, _ = point_results(learner)
-    assert share_before < 0.9, "the untrained policy already solves the task: the test says nothing"
     for step in range(updates):
         update(learner, optimizers, source.batch(step), 0, step)
     share, mean_return = point_results(learner)

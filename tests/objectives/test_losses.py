@@ -176,7 +176,7 @@ class TestConservativeGap:
 @pytest.mark.parametrize("normalise", ["none", "count", "count_volume"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_flat_critic(count, size, importance_sampling, normalise, temperature):
-    """A critic that is flat in the action: LSE - Q = log(3N) + A log 2, and the normalised gap is 0, whatever N and A."""
+    """Q flat in the action: LSE - Q = log(3N) + A log 2, and the normalised gap is 0, whatever N and A are."""
     q = torch.tensor([[2.0, -300.0]]).double()
     sampled = q[..., None].expand(1, 2, count)
     uniform = torch.full((2, count), -size * LOG2).double()  # a policy that has spread over the whole box

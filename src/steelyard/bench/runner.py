@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from steelyard.errors import ConfigError, SteelyardError
 from steelyard.train.loop import Interrupted
 from steelyard.train.progress import ProgressLine
 from steelyard.workflows import control
+from steelyard.workflows.common import Case
 
 POLL_SECONDS = 1.0
 
@@ -23,7 +24,7 @@ class Job:
     """One case with one seed, and where it goes."""
 
     config: control.ControlRun
-    case: control.Case
+    case: Case
     folder: Path
 
     @property

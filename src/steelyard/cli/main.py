@@ -18,7 +18,12 @@ COMMANDS = {
     "info": "print versions, threads and hardware",
 }
 
-USAGE = "usage: steelyard COMMAND [OPTIONS]\n\nTurn broad prior data into values, then adapt them with very little.\n\ncommands:\n"
+USAGE = """usage: steelyard COMMAND [OPTIONS]
+
+Turn broad prior data into values, then adapt them with very little.
+
+commands:
+"""
 
 
 def main(argv: list[str] | None = None) -> int:

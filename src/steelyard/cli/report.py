@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,17 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def show(folder: Path) -> None:
+    """Report on one finished run, or say where it is if it was not evaluated or has no scores."""
+    rows = (json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines())
+    scores = [row["score"] for row in rows]
+    if scores and None not in scores:
+        report(ReportArguments((folder,)))
+    else:
+        reason = "no success rule and no --evaluation.score-range" if scores else "no environment to evaluate in"
+        Console().print(f"run: {folder} (no report: {reason})", markup=False, highlight=False, soft_wrap=True)
 
 
 def report(arguments: ReportArguments) -> None:

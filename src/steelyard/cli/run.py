@@ -7,8 +7,7 @@ import importlib
 import sys
 from typing import Any
 
-import tyro
-
+from steelyard.cli.arguments import parse, take_option
 from steelyard.errors import ConfigError
 from steelyard.recipes import RECIPES
 from steelyard.train.loop import Interrupted
@@ -38,25 +37,3 @@ def main(argv: list[str]) -> int:
         print(f"interrupted; a checkpoint was written. Go on with: steelyard run {' '.join(argv)}", file=sys.stderr)
         return 130
     return 0
-
-
-def parse(cls: Any, default: Any, prog: str, argv: list[str]) -> Any:
-    """Read options into a config; unions take the class of their default, so there are no subcommands."""
-    return tyro.cli(cls, default=default, prog=prog, args=argv, config=(tyro.conf.AvoidSubcommands,))
-
-
-def take_option(argv: list[str], option: str, default: str) -> tuple[str, list[str]]:
-    """Take `option VALUE` or `option=VALUE` out of the arguments; return its value and the rest."""
-    rest, value, skip = [], default, False
-    for index, word in enumerate(argv):
-        if skip:
-            skip = False
-        elif word == option:
-            if index + 1 == len(argv):
-                raise ConfigError(f"{option} needs a value")
-            value, skip = argv[index + 1], True
-        elif word.startswith(option + "="):
-            value = word.split("=", 1)[1]
-        else:
-            rest.append(word)
-    return value, rest

@@ -78,8 +78,10 @@ class Spec(Config):
         for key in sorted(self.observations.keys() | other.observations.keys()):
             a, b = self.observations.get(key), other.observations.get(key)
             if a is None or b is None:
-                lines.append(f"observation {key!r}: {'absent' if a is None else 'present'} here, "
-                             f"{'absent' if b is None else 'present'} there")
+                lines.append(
+                    f"observation {key!r}: {'absent' if a is None else 'present'} here, "
+                    f"{'absent' if b is None else 'present'} there"
+                )
             else:
                 lines += _array_difference(f"observation {key!r}", a, b)
         lines += _array_difference("actions", self.actions, other.actions)

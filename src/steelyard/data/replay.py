@@ -59,7 +59,7 @@ class ReplayBuffer:
         masks = np.ones(steps, np.float32)
         masks[-1] = 1.0 - terminated
         rows = (self.total + np.arange(steps)) % self.capacity
-        values = {
+        values: dict[str, npt.NDArray[np.floating]] = {
             "observations": observations[:-1],
             "actions": actions,
             "rewards": self.config.transform(rewards),

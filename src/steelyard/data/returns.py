@@ -5,7 +5,7 @@ G_t = r_t + discount * G_{t+1} within a trajectory, on rewards after scale and b
 | trajectory | tail value G_T |
 |---|---|
 | terminated | 0 |
-| sparse task, no step better than `step_reward` (a failure), any end but a termination | `step_reward / (1 - discount)` |
+| sparse task, no step better than `step_reward` (a failure), not terminated | `step_reward / (1 - discount)` |
 | infinite horizon (`horizon="infinite"`), truncated | last reward / (1 - discount) |
 | otherwise truncated | 0 |
 
@@ -45,9 +45,7 @@ class RewardConfig(Config):
         return self.scale * np.asarray(rewards, np.float64) + self.bias
 
 
-def returns_to_go(
-    rewards: Floats, terminated: bool, discount: float, config: RewardConfig
-) -> npt.NDArray[np.float64]:
+def returns_to_go(rewards: Floats, terminated: bool, discount: float, config: RewardConfig) -> npt.NDArray[np.float64]:
     """Return G [T] of one trajectory.
 
     Args:

@@ -305,7 +305,7 @@ class _DiskSink:
             "content_hash": _content_hash(hashes, table),
         }
         header["header_sha256"] = plain_hash(header)
-        (self.staging / "store.json").write_text(json.dumps(header, indent=2, sort_keys=True), encoding="utf-8")
+        (self.staging / "store.json").write_text(_header_text(header), encoding="utf-8")
         os.replace(self.staging, self.path)
         return Store.open(self.path, verify=False)
 
@@ -370,15 +370,21 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{path}: not a store (no store.json in it)")
     try:
-        header: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        header: dict[str, Any] = json.loads(text)
+        same = _header_text(header) == text  # a flipped blank leaves the JSON equal, but is damage all the same
         format_name, expected = header["format"], header.pop("header_sha256")
     except (ValueError, KeyError, AttributeError, TypeError):
         raise DataError(f"{file}: not a store header; altered or damaged") from None
     if format_name != FORMAT:
         raise DataError(f"{file}: format is {format_name!r}, expected {FORMAT!r}")
-    if plain_hash(header) != expected:
+    if not same or plain_hash(header) != expected:
         raise DataError(f"{file}: header does not match its SHA-256; altered or damaged")
     return header
+
+
+def _header_text(header: dict[str, Any]) -> str:
+    return json.dumps(header, indent=2, sort_keys=True)
 
 
 def spec_to_plain(spec: Spec) -> Any:

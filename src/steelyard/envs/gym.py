@@ -11,8 +11,8 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
-import math
 import io
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -94,5 +94,5 @@ class Value(nn.Module):
 
 @torch.no_grad()
 def polyak_update(source: nn.Module, target: nn.Module, rate: float) -> None:
-    """target <- (1 - rate) * target + rate * source, for all parameters at once."""
+    """Target <- (1 - rate) * target + rate * source, for all parameters at once."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)

@@ -34,7 +34,7 @@ class EnsembleLinear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, [LayerNorm,] ReLU, ..., Linear. Orthogonal weights (gain sqrt 2; `last_gain` for the output), zero bias."""
+    """Linear, [LayerNorm,] ReLU, ..., Linear; orthogonal weights (gain sqrt 2, `last_gain` at the end), zero bias."""
 
     def __init__(
         self,
@@ -61,14 +61,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., inputs] to [..., outputs]; the output layer runs in float32 under autocast."""
-        for layer in self.layers[:-1]:
+        *hidden, output = self.layers
+        for layer in hidden:
             x = layer(x)
         with torch.autocast(x.device.type, enabled=False):
-            return self.layers[-1](x.float())  # type: ignore[no-any-return]
+            result: Tensor = output(x.float())
+        return result
 
 
 def _linear(inputs: int, outputs: int, gain: float, generator: torch.Generator) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")  # leaves the global generator alone
     nn.init.orthogonal_(layer.weight, gain, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer

@@ -23,7 +23,7 @@ def gaussian_log_prob(noise: Tensor, log_std: Tensor) -> Tensor:
 
 
 def tanh_log_det(pre_tanh: Tensor) -> Tensor:
-    """log |d tanh(u) / du| summed over the last axis: 2 (log 2 - u - softplus(-2u)), stable for large |u|."""
+    """Log |d tanh(u) / du| summed over the last axis: 2 (log 2 - u - softplus(-2u)), stable for large |u|."""
     return (2 * (math.log(2) - pre_tanh - softplus(-2 * pre_tanh))).sum(-1)
 
 
@@ -106,7 +106,7 @@ class GaussianActor(nn.Module):
 
 
 class ActorPolicy:
-    """A `GaussianActor` with the normaliser and the action box of its artefact: raw observations in, raw actions out."""
+    """A `GaussianActor` with its artefact's normaliser and action box: raw observations in, raw actions out."""
 
     def __init__(self, actor: GaussianActor, normalizer: Normalizer, box: BoxScaler) -> None:
         self.actor, self.normalizer, self.box = actor, normalizer, box

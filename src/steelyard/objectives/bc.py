@@ -49,9 +49,7 @@ class BCConfig(Config):
 class BC(Learner):
     """Behaviour cloning; see the module docstring."""
 
-    def __init__(
-        self, spec: Spec, config: BCConfig, statistics: DataStatistics, generator: torch.Generator
-    ) -> None:
+    def __init__(self, spec: Spec, config: BCConfig, statistics: DataStatistics, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
         squashed = config.likelihood == "tanh_gaussian"

@@ -38,7 +38,7 @@ class CalQLConfig(CQLConfig):
 
     kind: Literal["cal_ql"] = "cal_ql"  # type: ignore[assignment]
     """Objective."""
-    lower_bound: Literal["returns", "learned"] = "returns"  # type: ignore[assignment]
+    lower_bound: Literal["returns", "learned"] = "returns"
     """Reference value under the sampled policy actions."""
 
 

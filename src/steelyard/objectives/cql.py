@@ -8,9 +8,9 @@ over sampled actions and pushes up Q of the data's actions, so that the critic i
     L_Q = \sum_i { E[(Q_i(s, a) - y)^2] + w E[ LSE_i(s) - Q_i(s, a) ] }                          CQL(H), paper eq. 4
     LSE_i(s) = T logsumexp({Q_i(s,a_r) + A log 2, Q_i(s,a_c) - log \pi(a_c|s), Q_i(s,a_n) - log \pi(a_n|s')} / T)
 
-with N actions each from the uniform distribution (a_r), \pi(.|s) (a_c) and \pi(.|s') (a_n), all evaluated at s. Actor and
-temperature losses are SAC's. With `mode` "lagrange_*" the weight is scaled by a multiplier that rises while the gap lies
-above `cql_target_gap`:
+with N actions each from the uniform distribution (a_r), \pi(.|s) (a_c) and \pi(.|s') (a_n), all evaluated at s. Actor
+and temperature losses are SAC's. With `mode` "lagrange_*" the weight is scaled by a multiplier that rises while the gap
+lies above `cql_target_gap`:
 
 | mode | penalty for critic i | parameterisation | where used |
 |---|---|---|---|
@@ -22,7 +22,7 @@ above `cql_target_gap`:
 | symbol | field |
 |---|---|
 | w | `cql_weight` |
-| tau | `cql_target_gap` (refers to the un-normalised gap unless `normalise` is set; it depends on N, on the number of groups and on A) |
+| tau | `cql_target_gap`: of the un-normalised gap unless `normalise` is set, so it depends on N, the groups and A |
 | N, T | `num_samples`, `penalty_temperature` |
 | y | `max_target_backup`, `target_action`, `backup_entropy`, `target_bounds` |
 
@@ -146,9 +146,7 @@ class ActionSamples:
 class CQL(Learner):
     """Conservative Q-learning; see the module docstring."""
 
-    def __init__(
-        self, spec: Spec, config: CQLConfig, statistics: DataStatistics, generator: torch.Generator
-    ) -> None:
+    def __init__(self, spec: Spec, config: CQLConfig, statistics: DataStatistics, generator: torch.Generator) -> None:
         super().__init__()
         if not 0 < config.state_fraction <= 1:
             raise ConfigError(f"state_fraction must lie in (0, 1], found {config.state_fraction}")
@@ -194,7 +192,7 @@ class CQL(Learner):
 
         def arrange(x: Tensor) -> Tensor:
             # [B, E * N, ...] -> [E, B, N, ...] where every critic has its own samples
-            return x if copies == 1 else x.unflatten(1, (copies, count)).movedim(1, 0)
+            return x if copies == 1 else x.view(rows, copies, count, *x.shape[2:]).movedim(1, 0)
 
         return ActionSamples(
             arrange(uniform),
@@ -216,7 +214,10 @@ class CQL(Learner):
             if config.backup_order == "min_then_max":
                 values, best = min_over_subset(q, config.network.num_min_critics, generator).max(-1)
             else:
-                values, best = min_over_subset(q.amax(-1), config.network.num_min_critics, generator), q.mean(0).argmax(-1)
+                values, best = (
+                    min_over_subset(q.amax(-1), config.network.num_min_critics, generator),
+                    q.mean(0).argmax(-1),
+                )
             log_prob = log_probs.gather(1, best[:, None]).squeeze(1)
         else:
             if config.target_action == "sample":
@@ -340,7 +341,10 @@ class CQL(Learner):
         actor_loss = (self.temperature().detach() * log_probs.squeeze(1) - data_log_prob).mean()
         excess = log_probs.detach() + self.target_entropy
         temperature_loss = -(self.temperature.log_value * excess).mean()
-        return actor_loss + temperature_loss, {"loss/actor": actor_loss.detach(), "actor/data_log_prob": data_log_prob.detach()}
+        return actor_loss + temperature_loss, {
+            "loss/actor": actor_loss.detach(),
+            "actor/data_log_prob": data_log_prob.detach(),
+        }
 
     def after_update(self, step: int) -> None:
         """Move the target critics."""

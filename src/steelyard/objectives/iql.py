@@ -66,9 +66,7 @@ class IQLConfig(Config):
 class IQL(Learner):
     """Implicit Q-learning; see the module docstring."""
 
-    def __init__(
-        self, spec: Spec, config: IQLConfig, statistics: DataStatistics, generator: torch.Generator
-    ) -> None:
+    def __init__(self, spec: Spec, config: IQLConfig, statistics: DataStatistics, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
         self.nets = ActorCritic(

@@ -12,7 +12,7 @@ from torch import Tensor
 def bellman_target(
     rewards: Tensor, masks: Tensor, next_values: Tensor, discount: float, bounds: tuple[float, float] | None = None
 ) -> Tensor:
-    """y = r + discount * (1 - terminated) * next value, clipped to `bounds` where given. All [B]."""
+    """Return y = r + discount * (1 - terminated) * next value, clipped to `bounds` where given. All [B]."""
     target = rewards + discount * masks * next_values
     return target if bounds is None else target.clamp(*bounds)
 
@@ -61,8 +61,11 @@ def conservative_gap(
 
     Args:
         q_data: [E, B].
-        q_random, q_current, q_next: [E, B, N] each, or None where a group is left out.
-        log_prob_current, log_prob_next: log-density of the sampled actions under what drew them, [B, N] or [E, B, N].
+        q_random: Q of uniform actions, [E, B, N], or None where the group is left out.
+        q_current: Q of actions from pi(.|s), likewise.
+        q_next: Q at s of actions from pi(.|s'), likewise.
+        log_prob_current: log-density of the current group under what drew it, [B, N] or [E, B, N].
+        log_prob_next: the same for the next group.
         action_size: A; random actions are uniform on [-1, 1]^A.
         lower_bound: [B] reference values (returns-to-go), or None.
         bound_random: apply the bound to the random group too.
@@ -100,6 +103,8 @@ def conservative_gap(
         if normalise != "none":
             soft_max = soft_max - (temperature * count + (volume if normalise == "count_volume" else 0.0))
     gap = soft_max - q_data
-    removed = {"none": 0.0, "count": temperature * count, "count_volume": flat}[normalise] if reduction == "lse" else 0.0
+    removed = (
+        {"none": 0.0, "count": temperature * count, "count_volume": flat}[normalise] if reduction == "lse" else 0.0
+    )
     normalised = gap.detach() + removed - flat
     return (gap if clip is None else gap.clamp(*clip)), normalised

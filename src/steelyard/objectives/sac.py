@@ -19,8 +19,8 @@ follows the critics with reparameterised actions, and a temperature keeps the po
 | Polyak rate | `target_update_rate` |
 
 RLPD is `num_critics=10, num_min_critics=2, critic_layer_norm=True, actor_reduction="mean", actor_every=UTD`, with
-`offline_ratio=0.5` and `utd_ratio=UTD` in the online phase (symmetric sampling); SAC from offline data is this file with
-`offline_ratio=0.5` and no offline phase.
+`offline_ratio=0.5` and `utd_ratio=UTD` in the online phase (symmetric sampling); SAC from offline data is this file
+with `offline_ratio=0.5` and no offline phase.
 
 Differences from the paper: the temperature loss uses log alpha instead of alpha (as in the authors' and most public
 code); critics are updated before the actor, which sees the new critics; the squared error has no factor 1/2.
@@ -78,9 +78,7 @@ class SACConfig(Config):
 class SAC(Learner):
     """Soft actor-critic; see the module docstring."""
 
-    def __init__(
-        self, spec: Spec, config: SACConfig, statistics: DataStatistics, generator: torch.Generator
-    ) -> None:
+    def __init__(self, spec: Spec, config: SACConfig, statistics: DataStatistics, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
         self.nets = ActorCritic(spec, config.network, statistics, generator)

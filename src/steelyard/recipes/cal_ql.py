@@ -28,7 +28,8 @@ from steelyard.report.numbers import summarize
 from steelyard.report.summary import terminal_table
 from steelyard.train.loop import LoopConfig
 from steelyard.train.online import OnlineConfig
-from steelyard.workflows.control import Case, ControlRun, DataConfig, EvaluationConfig
+from steelyard.workflows.common import Case
+from steelyard.workflows.control import ControlRun, DataConfig, EvaluationConfig
 
 CaseName = Literal["cal_ql", "cql", "iql"]
 LABELS = {"cal_ql": "Cal-QL", "cql": "CQL", "iql": "IQL"}

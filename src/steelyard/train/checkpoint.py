@@ -109,14 +109,14 @@ def write_files(target: Path, files: dict[str, dict[str, Any]], header: dict[str
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            path.write_text(_text(content))
         else:
             safetensors.torch.save_file({k: v.detach().contiguous().clone() for k, v in content.items()}, path)
         _sync(path)
         entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {"format": FORMAT, **header, "files": entries}
     manifest["manifest_sha256"] = _plain_hash(manifest)
-    (target / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    (target / MANIFEST).write_text(_text(manifest))
     _sync(target / MANIFEST)
     for inner in {(target / name).parent for name in files} | {target}:
         _sync(inner)
@@ -126,16 +126,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the checked manifest of a checkpoint directory."""
     file = path / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
+        text = file.read_text()
+        manifest: dict[str, Any] = json.loads(text)
+        same = _text(manifest) == text  # a flipped blank leaves the JSON equal, but is damage all the same
         expected = manifest.pop("manifest_sha256")
         known = manifest["format"] == FORMAT
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing; {path} is not a checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # also undecodable bytes
         raise CheckpointError(f"{file}: not a manifest; altered or damaged") from None
     if not known:
         raise CheckpointError(f"{file}: format is {manifest['format']!r}, expected {FORMAT!r}")
-    if _plain_hash(manifest) != expected:
+    if not same or _plain_hash(manifest) != expected:
         raise CheckpointError(f"{file}: does not match its own SHA-256; altered or damaged")
     return manifest
 
@@ -152,7 +154,9 @@ def verify(path: Path) -> dict[str, Any]:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing; the manifest lists it")
         if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{file}: has {file.stat().st_size} bytes, expected {entry['bytes']}; truncated or altered")
+            raise CheckpointError(
+                f"{file}: has {file.stat().st_size} bytes, expected {entry['bytes']}; truncated or altered"
+            )
         if _sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{file}: does not match its SHA-256; altered or damaged")
     return manifest
@@ -207,6 +211,10 @@ def load_into(module: torch.nn.Module, tensors: dict[str, Tensor], where: str) -
     if wrong:
         raise CheckpointError(f"{where}: weights do not fit the config; first mismatch: {wrong[0]!r}")
     module.load_state_dict(tensors)
+
+
+def _text(plain: dict[str, Any]) -> str:
+    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
 
 
 def _remove(path: Path) -> None:

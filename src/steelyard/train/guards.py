@@ -20,7 +20,7 @@ class FiniteGuard:
         self._first_bad: dict[str, Tensor] = {}
 
     def watch(self, name: str, value: Tensor, step: int) -> None:
-        """Note whether `value` (any shape) is finite at `step`; on the CPU, where looking costs nothing, raise at once."""
+        """Note whether `value` (any shape) is finite at `step`; on the CPU, where looking is free, raise at once."""
         if value.device.type == "cpu":
             if not bool(torch.isfinite(value.detach()).all()):
                 raise _not_finite(name, step)

@@ -108,7 +108,8 @@ def fit(
     """Carry out updates start..stage.stop - 1 of a stage, with logs, evaluations and checkpoints.
 
     Args:
-        learner, optimizers: what learns; changed in place.
+        learner: what learns; changed in place.
+        optimizers: how; changed in place.
         source: gives the batch of each step.
         stage: where the stage begins and ends.
         config: logging and checkpoint intervals.
@@ -130,6 +131,7 @@ def fit(
 
     def save(step: int) -> None:
         guard.check()
+        run.sync_logs()  # the checkpoint remembers their lengths
         checkpoint.save(
             run.checkpoints,
             step,
@@ -172,8 +174,10 @@ def fit(
             score = None
             if ends or done % config.log_every == 0:
                 clock, clock_step = time.perf_counter(), done  # rates exclude evaluation and checkpoints
-            if interrupt.asked and not ends:
-                raise Interrupted
+            if interrupt.asked:
+                break
+        if interrupt.asked:
+            raise Interrupted
 
 
 def reduce(metrics: Metrics) -> dict[str, float]:

@@ -3,8 +3,8 @@
 The loop stays the same: it asks for the batch of update u; this source first takes as many environment steps as the
 updates-to-data ratio asks for, then mixes prior data and finished online trajectories in exact shares.
 
-Only finished trajectories are sampled, with the returns-to-go that they really had: a step whose future is not known has
-no return, and a calibrated critic must not be given a made-up one.
+Only finished trajectories are sampled, with the returns-to-go that they really had: a step whose future is not known
+has no return, and a calibrated critic must not be given a made-up one.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class OnlineSource:
         """Collect what update `step` is due, and return its batch."""
         self._update = step
         done = step - self.first_update
-        due = min(self.config.warmup_steps + math.floor(done / self.config.utd_ratio) + 1, self.config.env_steps)
+        due = self.config.warmup_steps + math.ceil((done + 1) / self.config.utd_ratio)
         while self.env.env_step < due or (len(self.buffer) == 0 and self.config.offline_ratio != 1):
             self.collect()
         weights = self._weights()
@@ -147,7 +147,9 @@ class OnlineSource:
         state |= {f"env.{name}": torch.from_numpy(np.asarray(value)) for name, value in self.env.snapshot().items()}
         for index, steps in enumerate(self._pending):
             if steps:
-                for name, values in zip(("observations", "actions", "rewards", "next"), zip(*steps, strict=True), strict=True):
+                for name, values in zip(
+                    ("observations", "actions", "rewards", "next"), zip(*steps, strict=True), strict=True
+                ):
                     state[f"pending.{index}.{name}"] = torch.from_numpy(np.array(values))
         return state
 

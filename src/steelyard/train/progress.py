@@ -58,4 +58,6 @@ class ProgressLine:
             self._shown = now
             left = (self.total - done) / max(rate, 1e-9)
             tail = f", {note}" if note else ""
-            print(f"{self.label}: {done}/{self.total}, {rate:.0f}/s, {left:.0f} s left{tail}", file=sys.stderr, flush=True)
+            print(
+                f"{self.label}: {done}/{self.total}, {rate:.0f}/s, {left:.0f} s left{tail}", file=sys.stderr, flush=True
+            )

@@ -1,15 +1,15 @@
 """The run directory: plain text and safetensors, nothing else.
 
-    config.json          the whole config, written before step 0
-    case.json            which case of which recipe, seed, config hash, data hash
-    environment.json     versions, threads, matmul precision, commit
-    status.json          running | done | failed | interrupted, and why
-    metrics.jsonl        one row per log point
-    eval.jsonl           one row per evaluation episode
-    train_episodes.jsonl one row per episode of online training
-    calibration.jsonl    Q against return-to-go samples
-    events.log           what happened, in words
-    checkpoints/         see checkpoint.py
+config.json          the whole config, written before step 0
+case.json            which case of which recipe, seed, config hash, data hash
+environment.json     versions, threads, matmul precision, commit
+status.json          running | done | failed | interrupted, and why
+metrics.jsonl        one row per log point
+eval.jsonl           one row per evaluation episode
+train_episodes.jsonl one row per episode of online training
+calibration.jsonl    Q against return-to-go samples
+events.log           what happened, in words
+checkpoints/         see checkpoint.py
 """
 
 from __future__ import annotations
@@ -71,12 +71,20 @@ class RunDir:
         """Return the length of each log in bytes, for the checkpoint."""
         return {name: (self.path / name).stat().st_size for name in LOGS}
 
+    def sync_logs(self) -> None:
+        """Wait until the logs have reached the disk."""
+        for name in LOGS:
+            with (self.path / name).open("rb") as file:
+                os.fsync(file.fileno())
+
     def truncate_logs(self, sizes: dict[str, int]) -> None:
         """Cut the logs back to what a checkpoint had seen, so that a resumed run writes no row twice."""
         for name, size in sizes.items():
             file = self.path / name
             if not file.is_file() or file.stat().st_size < size:
-                raise CheckpointError(f"{file}: shorter than the checkpoint remembers ({size} bytes); altered or damaged")
+                raise CheckpointError(
+                    f"{file}: shorter than the checkpoint remembers ({size} bytes); altered or damaged"
+                )
             os.truncate(file, size)
 
 

@@ -1,12 +1,10 @@
 """A control run: prior data -> offline updates -> online fine-tuning -> evaluation, in one run directory.
 
-Everything is a field of `ControlRun`; a run is made by `start`, continued by `resume`. Both end in `_carry_on`, which
-is also what a recipe, the command line and a test call.
+Everything is a field of `ControlRun`; a run is made by `start` and continued by `resume`.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,23 +16,24 @@ import torch
 from steelyard import runtime
 from steelyard.artefact import ControlArtefact, find
 from steelyard.bench.evaluate import evaluate, mean_score, play, score_of
-from steelyard.config import Config, config_hash, read_config, to_json
+from steelyard.config import Config
 from steelyard.data.episode import Spec
 from steelyard.data.formats import open_dataset
 from steelyard.data.replay import ReplayBuffer
 from steelyard.data.returns import RewardConfig
 from steelyard.data.source import OfflineSource
 from steelyard.envs.gym import EnvConfig, VectorEnv, make, render_episode, spec_of
-from steelyard.errors import CheckpointError, ConfigError, DataError, SteelyardError
+from steelyard.errors import ConfigError, SteelyardError
 from steelyard.objectives import CalQLConfig, ControlConfig, build_learner
 from steelyard.objectives.actor_critic import DataStatistics, observation_size
 from steelyard.objectives.base import Learner, Scorer
 from steelyard.rng import numpy_generator, torch_generator
 from steelyard.train import checkpoint
-from steelyard.train.loop import Interrupted, LoopConfig, Stage, fit
+from steelyard.train.loop import LoopConfig, Stage, fit
 from steelyard.train.online import OnlineConfig, OnlineSource
 from steelyard.train.optim import OptimConfig, Optimizers
 from steelyard.train.rundir import RunDir
+from steelyard.workflows.common import Case, begin, carry_out, is_done, read_run_config, rewind
 
 CALIBRATION_SAMPLES = 512
 
@@ -101,15 +100,6 @@ class ControlRun(Config):
     """Of everything random in the run."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """Which comparison a run belongs to; only the report reads it."""
-
-    recipe: str = "train"
-    case: str = ""
-    label: str = ""
-
-
 def start(config: ControlRun, run_dir: str | Path, case: Case | None = None, quiet: bool = False) -> Path:
     """Begin a run in a new directory and carry it to its end. Return the directory.
 
@@ -119,22 +109,8 @@ def start(config: ControlRun, run_dir: str | Path, case: Case | None = None, qui
     """
     run = RunDir(run_dir)
     parts = _Parts(config)  # whatever is wrong with data or environment shows before a directory is made
-    run.create()
-    case = case or Case()
-    run.write_json("config.json", to_json(config))
-    run.write_json(
-        "case.json",
-        {
-            "recipe": case.recipe,
-            "case": case.case or config.objective.kind,
-            "label": case.label or config.objective.kind,
-            "seed": config.seed,
-            "config_hash": config_hash(config),
-            "data_hash": parts.store.content_hash if parts.store else None,
-        },
-    )
-    run.write_json("environment.json", runtime.describe())
-    return _carry_on(config, run, parts, None, quiet)
+    begin(run, config, case or Case(), parts.data_hash)
+    return carry_out(run, lambda: _phases(config, run, parts, None, quiet))
 
 
 def resume(run_dir: str | Path, quiet: bool = False) -> Path:
@@ -145,22 +121,12 @@ def resume(run_dir: str | Path, quiet: bool = False) -> Path:
         DataError: the data have changed since.
     """
     run = RunDir(run_dir)
-    if not (run.path / "config.json").is_file():
-        raise CheckpointError(f"{run.path}: holds no run (no config.json in it)")
-    config = read_config(ControlRun, run.path / "config.json")
+    config = read_run_config(run, ControlRun)
+    if is_done(run):
+        return run.path
     parts = _Parts(config)
-    case_file = run.path / "case.json"
-    if not case_file.is_file():  # killed between the two first files
-        raise CheckpointError(f"{case_file}: missing; the run had not begun, start it anew")
-    recorded = json.loads(case_file.read_text())["data_hash"]
-    if parts.store is not None and recorded != parts.store.content_hash:
-        raise DataError(f"{config.data.path}: not the data that {run.path} began with; its content hash has changed")
-    found = None
-    if checkpoint.steps(run.checkpoints):
-        found = checkpoint.load(checkpoint.last(run.checkpoints))
-    run.truncate_logs(found.state["logs"] if found else dict.fromkeys(run.log_sizes(), 0))
-    run.event(f"resumed at update {found.step if found else 0}")
-    return _carry_on(config, run, parts, found, quiet)
+    found = rewind(run, config.data.path, parts.data_hash)
+    return carry_out(run, lambda: _phases(config, run, parts, found, quiet))
 
 
 class _Parts:
@@ -170,6 +136,7 @@ class _Parts:
         runtime.prepare(config.runtime)
         path = config.data.path
         self.store = None if path is None else open_dataset(path, config.data.format)
+        self.data_hash = None if self.store is None else self.store.content_hash
         env_spec: Spec | None = None
         if config.env is not None:
             env = make(config.env)
@@ -199,39 +166,19 @@ class _Parts:
         self.learner = build_learner(self.spec, config.objective, statistics, torch_generator(seed, "initial weights"))
         self.learner.to(config.runtime.device)
         self.optimizers = Optimizers(self.learner, config.optim)
-        if config.initial is not None:
-            begin = checkpoint.load(find(config.initial))
-            checkpoint.load_into(self.learner, begin.model, config.initial)
-            self.optimizers.load_state_tensors(begin.optimizers)
 
 
-def _carry_on(
-    config: ControlRun, run: RunDir, parts: _Parts, found: checkpoint.Checkpoint | None, quiet: bool
-) -> Path:
-    run.status("running")
-    try:
-        _phases(config, run, parts, found, quiet)
-    except Interrupted:
-        run.status("interrupted", "ctrl-C")
-        run.event("interrupted; a checkpoint was written")
-        raise
-    except SteelyardError as error:
-        run.status("failed", str(error))
-        run.event(f"failed: {error}")
-        raise
-    run.status("done")
-    return run.path
-
-
-def _phases(
-    config: ControlRun, run: RunDir, parts: _Parts, found: checkpoint.Checkpoint | None, quiet: bool
-) -> None:
+def _phases(config: ControlRun, run: RunDir, parts: _Parts, found: checkpoint.Checkpoint | None, quiet: bool) -> None:
     learner, optimizers = parts.learner, parts.optimizers
-    begin = 0
+    first = 0
     if found is not None:
         checkpoint.load_into(learner, found.model, str(found.path))
         optimizers.load_state_tensors(found.optimizers)
-        begin = found.step
+        first = found.step
+    elif config.initial is not None:
+        initial = checkpoint.load(find(config.initial))
+        checkpoint.load_into(learner, initial.model, config.initial)
+        optimizers.load_state_tensors(initial.optimizers)
     artefact = ControlArtefact(config.objective, parts.spec, config.env).plain()
     examiner = _Examiner(config, run, learner, parts.offline)
     evaluation, online = config.evaluation, config.online
@@ -245,7 +192,7 @@ def _phases(
             config.loop,
             run,
             seed=config.seed,
-            start=max(begin, stage.first),
+            start=max(first, stage.first),
             artefact=artefact,
             evaluate=lambda step: examiner.look(stage, step, source.counters()["env_step"]),
             quiet=quiet,
@@ -253,7 +200,7 @@ def _phases(
         )
 
     middle = config.offline_steps
-    if begin < middle:
+    if first < middle:
         assert parts.offline is not None
         go(parts.offline, Stage("offline", 0, middle, evaluation.every_offline))
     if config.env is not None and online.updates > 0:
@@ -311,7 +258,9 @@ class _Examiner:
         if self.offline is None or not isinstance(self.learner, Scorer):
             return
         count = min(CALIBRATION_SAMPLES, self.offline.store.num_steps)
-        chosen = numpy_generator(self.config.seed, "calibration").choice(self.offline.store.num_steps, count, replace=False)
+        chosen = numpy_generator(self.config.seed, "calibration").choice(
+            self.offline.store.num_steps, count, replace=False
+        )
         batch = self.offline.gather(np.sort(chosen))
         device = self.config.runtime.device
         pairs = zip(self.learner.score(batch.to(device)).tolist(), batch.returns_to_go.tolist(), strict=True)

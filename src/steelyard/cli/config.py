@@ -1,0 +1,88 @@
+"""`steelyard config show NAME | diff LEFT RIGHT`: look at presets and at the configs of runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from steelyard.config import to_json
+from steelyard.errors import ConfigError
+from steelyard.objectives import OBJECTIVES
+from steelyard.recipes import RECIPES
+from steelyard.workflows.control import ControlRun
+from steelyard.workflows.language import LanguageRun
+
+USAGE = """usage: steelyard config show WHAT
+       steelyard config diff LEFT RIGHT
+
+WHAT, LEFT, RIGHT: a recipe preset ("cal_ql/tiny"), an objective ("cql": the defaults of steelyard train), a run
+directory, or a config file. `show` prints JSON that `steelyard train --config FILE` reads back.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    match argv:
+        case ["show", what]:
+            print(json.dumps(read(what), indent=2, sort_keys=True))
+        case ["diff", left, right]:
+            _print_difference(left, right)
+        case _:
+            raise ConfigError(f"expected 'show WHAT' or 'diff LEFT RIGHT', found {' '.join(argv)!r}")
+    return 0
+
+
+def read(what: str) -> dict[str, Any]:
+    """Return the config that `what` names, as plain JSON."""
+    path = Path(what)
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        try:
+            plain = json.loads(file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{file}: not JSON: {error}") from None
+        if not isinstance(plain, dict):
+            raise ConfigError(f"{file}: expected a JSON object, found {type(plain).__name__}")
+        return plain
+    name, _, size = what.partition("/")
+    if name in RECIPES:
+        presets = importlib.import_module(f"steelyard.recipes.{name}").PRESETS
+        if (size or "tiny") in presets:
+            return _plain(presets[size or "tiny"])
+        raise ConfigError(f"recipe {name!r} has no preset {size!r}; there are: {', '.join(presets)}")
+    if what in OBJECTIVES:
+        return _plain(ControlRun(objective=OBJECTIVES[what]()))
+    if what == "sft":
+        return _plain(LanguageRun())
+    known = [*(f"{recipe}/SIZE" for recipe in RECIPES), *OBJECTIVES, "sft"]
+    raise ConfigError(f"{what!r} is neither a file, a run directory nor one of {', '.join(known)}")
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(to_json(config))
+    return plain
+
+
+def _print_difference(left: str, right: str) -> None:
+    a, b = _flat(read(left)), _flat(read(right))
+    table = Table("key", left, right)
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) != b.get(key):
+            table.add_row(key, json.dumps(a.get(key)), json.dumps(b.get(key)))
+    console = Console()
+    console.print(table if table.row_count else "no difference")
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,85 @@
+"""`steelyard eval RUN [--episodes N] [--env ID]`: evaluate a trained policy, with intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from steelyard import runtime
+from steelyard.artefact import find, load_learner
+from steelyard.bench import stats
+from steelyard.bench.evaluate import evaluate
+from steelyard.cli.arguments import environment
+from steelyard.envs.gym import VectorEnv
+from steelyard.errors import ConfigError
+from steelyard.rng import numpy_generator
+
+import numpy as np  # isort: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalArguments:
+    """Evaluate a trained policy and print success and return with 95% intervals."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run directory, checkpoint or pretrained/ directory."""
+    episodes: int = 50
+    """Episodes to play."""
+    env: str | None = None
+    """Gymnasium id; default: the environment that the policy was trained for."""
+    which: Literal["last", "best"] = "last"
+    """Which checkpoint of a run; "best" was chosen by its own evaluations, so its score is optimistic there."""
+    mode: Literal["mean", "sample"] = "mean"
+    """Act with the policy's mode or with samples."""
+    seed: int = 1_000
+    """Of the initial states; training evaluations use the run's seed."""
+    parallel: int = 10
+    """Environments stepped together."""
+    rows: Path | None = None
+    """Write one JSON row per episode to this file."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command."""
+    arguments = tyro.cli(EvalArguments, prog="steelyard eval", args=argv)
+    runtime.prepare(runtime.RuntimeConfig())
+    folder = find(arguments.run, arguments.which)
+    learner, artefact = load_learner(folder)
+    config = environment(arguments.env) if arguments.env else artefact.env
+    if config is None:
+        raise ConfigError(f"{arguments.run} was trained without an environment: name one with --env ID")
+    if arguments.episodes < 1:
+        raise ConfigError(f"--episodes must be at least 1, found {arguments.episodes}")
+    env = VectorEnv(config, min(arguments.parallel, arguments.episodes), arguments.seed, "eval")
+    artefact.spec.require_match(env.spec, f"policy {arguments.run}", f"environment {config.id!r}")
+    rows = evaluate(learner.policy(), env, arguments.episodes, arguments.seed, arguments.mode)
+    env.close()
+    if arguments.rows is not None:
+        arguments.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Console().print(_table(rows, str(folder), config.id))
+    return 0
+
+
+def _table(rows: list[dict[str, object]], policy: str, env_id: str) -> Table:
+    table = Table("measure", "value", "95% interval", title=f"{policy} in {env_id}, {len(rows)} episodes")
+    returns = np.array([row["return"] for row in rows], np.float64)
+    estimate = stats.mean_estimate(returns, numpy_generator(0, "eval/return"))
+    table.add_row("return (mean)", f"{estimate.value:.2f}", _interval(estimate.low, estimate.high))
+    won = [row["success"] for row in rows]
+    if None not in won:
+        count = sum(map(bool, won))
+        success = stats.wilson_interval(count, len(won))
+        table.add_row("success (Wilson)", f"{success.value:.3f}", _interval(success.low, success.high))
+    lengths = np.array([row["length"] for row in rows], np.float64)
+    table.add_row("length (median)", f"{np.median(lengths):.0f}", "")
+    return table
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"[{low:.3g}, {high:.3g}]"
