@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -40,6 +41,7 @@ def prepare(config: RuntimeConfig) -> str:
         ConfigError: the device is not there.
     """
     torch.set_num_threads(config.threads)
+    keep_memory()
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {config.device!r} was asked for, but torch sees no CUDA device")
@@ -49,6 +51,20 @@ def prepare(config: RuntimeConfig) -> str:
         precision = "highest"  # a CPU whose matrix units really round to bfloat16
         torch.set_float32_matmul_precision(precision)
     return precision
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory (Linux only): each update frees and asks again for blocks of many megabytes.
+
+    By default such blocks go back to the system and are faulted in anew, page by page: measured at a quarter of the
+    CPU time of an update with 256-wide critics. Elsewhere this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        mallopt(mmap_threshold, 32 << 20)  # larger is not allowed
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(top_pad, 64 << 20)
 
 
 def matmul_error() -> float:

@@ -82,12 +82,11 @@ def test_ensemble_linear_is_one_linear_layer_a_member():
     layer = EnsembleLinear(3, 4, 2, 1.0, seeded())
     with torch.no_grad():
         layer.bias.copy_(torch.randn(3, 1, 2, generator=seeded(1)))
-    shared, own = torch.randn(5, 4, generator=seeded(2)), torch.randn(3, 5, 4, generator=seeded(3))
-    assert layer(shared).shape == layer(own).shape == (3, 5, 2)
+    inputs = torch.randn(3, 5, 4, generator=seeded(2))
+    outputs = layer(list(inputs))
+    assert len(outputs) == 3
     for member in range(3):
-        weight, bias = layer.weight[member], layer.bias[member]
-        torch.testing.assert_close(layer(shared)[member], shared @ weight + bias)
-        torch.testing.assert_close(layer(own)[member], own[member] @ weight + bias)
+        torch.testing.assert_close(outputs[member], inputs[member] @ layer.weight[member] + layer.bias[member])
 
 
 def test_ensemble_members_start_orthogonal_and_different():

@@ -122,7 +122,7 @@ def test_samples(squash):
     again = actor.sample(OBSERVATIONS, seeded(), count=50)[0]
     assert torch.equal(actions, again)
     inside = (actions.abs() < 0.999).all(-1)
-    assert inside.float().mean() > 0.5
+    assert inside.float().mean() > 0.25
     for k in range(50):  # a clipped sample has the density of what was drawn, so only samples inside can be recomputed
         recomputed = actor.log_prob(OBSERVATIONS, actions[:, k])
         torch.testing.assert_close(log_probs[:, k][inside[:, k]], recomputed[inside[:, k]], rtol=1e-3, atol=1e-3)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -536,3 +538,13 @@ def check_learns(config: ControlConfig, expert: bool = False, updates: int = 300
     share, mean_return = point_results(learner)
     assert share > 0.9, share
     assert mean_return > random_point_return() / 2, mean_return  # returns are negative: at least twice as good
+
+
+def check_page(name: str) -> None:
+    """The example of docs/objectives/NAME.md runs as printed, only with fewer updates; learning is tested above."""
+    text = (Path(__file__).parents[2] / "docs" / "objectives" / f"{name}.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    code = "\n".join(blocks)
+    assert "range(300)" in code
+    exec(compile(code.replace("range(300)", "range(3)"), f"{name}.md", "exec"), {"__name__": "page"})

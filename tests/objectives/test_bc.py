@@ -17,6 +17,7 @@ from .conformance import (
     check_determinism,
     check_learns,
     check_name,
+    check_page,
     check_resume,
     hand_batch,
     hand_learner,
@@ -102,3 +103,7 @@ def test_actions_on_the_border_are_finite(likelihood):
 @pytest.mark.parametrize("likelihood", ["tanh_gaussian", "gaussian", "mse"])
 def test_learns(likelihood):
     check_learns(BCConfig(network=POINT_NETWORK, learning_rate=3e-3, likelihood=likelihood), expert=True)
+
+
+def test_the_example_of_the_page_runs():
+    check_page("bc")

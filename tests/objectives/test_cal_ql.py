@@ -29,6 +29,7 @@ from .conformance import (
     builder,
     check_learns,
     check_name,
+    check_page,
     differing,
     hand_learner,
     optimizers_of,
@@ -322,3 +323,7 @@ def test_learns():
         num_samples=4,
     )
     check_learns(config)
+
+
+def test_the_example_of_the_page_runs():
+    check_page("cal_ql")

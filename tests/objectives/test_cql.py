@@ -22,6 +22,7 @@ from .conformance import (
     builder,
     check_learns,
     check_name,
+    check_page,
     hand_batch,
     hand_learner,
     optimizers_of,
@@ -131,14 +132,14 @@ GAPS = torch.tensor([1.5, 3.0])  # tau 2, w 5: excesses -0.5 and 1
 
 
 def penalty_of(mode: str, tau: float = 2.0, gaps: Tensor = GAPS) -> tuple[float, float, Tensor, Tensor]:
-    """Return penalty, dual, slope of the multiplier's parameter, and the penalty's gradient to the gaps."""
+    """Return penalty, dual, slope of the multiplier's parameter, and the gradient to the gaps."""
     learner = builder(changed(mode=mode, cql_weight=5.0, cql_target_gap=tau))(0)
     gap = gaps.clone().requires_grad_()
     penalty, dual = learner.penalty(gap)
-    (to_gap,) = torch.autograd.grad(penalty, gap, retain_graph=True)
+    (to_gap,) = torch.autograd.grad(penalty + dual, gap, retain_graph=True)  # the dual must not reach the critic
     if mode == "fixed":
         return float(penalty.detach()), float(dual), torch.zeros(()), to_gap
-    (slope,) = torch.autograd.grad(penalty + dual, learner.multiplier.raw)  # the penalty itself must not reach it
+    (slope,) = torch.autograd.grad(penalty + dual, learner.multiplier.raw)  # nor the penalty the multiplier
     return float(penalty.detach()), float(dual.detach()), slope, to_gap
 
 
@@ -538,3 +539,7 @@ def test_learns():
         num_samples=4,
     )
     check_learns(config)
+
+
+def test_the_example_of_the_page_runs():
+    check_page("cql")

@@ -18,6 +18,7 @@ from .conformance import (
     builder,
     check_learns,
     check_name,
+    check_page,
     hand_batch,
     hand_learner,
     seeded,
@@ -125,3 +126,7 @@ def test_learns():
         inverse_temperature=10.0,
     )
     check_learns(config)
+
+
+def test_the_example_of_the_page_runs():
+    check_page("iql")

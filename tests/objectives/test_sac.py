@@ -17,6 +17,7 @@ from .conformance import (
     builder,
     check_learns,
     check_name,
+    check_page,
     differing,
     given_noise,
     hand_batch,
@@ -175,3 +176,7 @@ def test_learns():
         initial_temperature=0.05,
     )
     check_learns(config)
+
+
+def test_the_example_of_the_page_runs():
+    check_page("sac")

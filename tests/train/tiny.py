@@ -50,10 +50,13 @@ class Point(gymnasium.Env):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.steps += 1
         self.x = float(np.clip(self.x + 0.2 * action[0] + 0.01 * self.np_random.standard_normal(), -5, 5))
-        if self.fault == "nan" and self.steps == 3:
-            self.x = float("nan")
         distance = abs(self.x - self.goal)
-        return self._observation(), -float(distance), bool(distance < 0.1), False, {}
+        observation, reward = self._observation(), -float(distance)
+        if self.steps == 3 and self.fault == "observation":
+            observation[1] = np.nan
+        if self.steps == 3 and self.fault == "reward":
+            reward = np.nan
+        return observation, reward, bool(distance < 0.1), False, {}
 
     def _observation(self) -> Any:
         return np.array([self.x, self.goal], np.float32)
@@ -102,11 +105,11 @@ OBJECTIVES: dict[str, ControlConfig] = {
 }
 
 
-def point_run(data: Path | None, objective: ControlConfig | None = None, **changes: Any) -> ControlRun:
+def point_run(path: Path | None, objective: ControlConfig | None = None, **changes: Any) -> ControlRun:
     """Return a run of 60 offline and 90 online updates that logs, evaluates and saves at intervals that interleave."""
     config = ControlRun(
         objective=objective or OBJECTIVES["cal_ql"],
-        data=DataConfig(None if data is None else str(data)),
+        data=DataConfig(None if path is None else str(path)),
         env=POINT,
         offline_steps=60,
         batch_size=16,

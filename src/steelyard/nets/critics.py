@@ -13,7 +13,7 @@ from steelyard.nets.mlp import MLP, EnsembleLinear
 
 
 class Critic(nn.Module):
-    """E state-action value functions evaluated together as batched matrix products."""
+    """E state-action value functions with stacked weights, evaluated together."""
 
     def __init__(
         self,
@@ -47,29 +47,32 @@ class Critic(nn.Module):
         if actions.ndim > 2:
             observations = observations.unsqueeze(-2).expand(*actions.shape[:-1], -1)
         # splitting the first layer into a state and an action part saves little and slows the backward pass: measured
-        x = torch.cat([observations, actions], dim=-1)
-        shape = x.shape[-3:-1] if actions.ndim > 2 else x.shape[:1]
-        x = x.flatten(-3, -2) if actions.ndim > 2 else x
+        inputs = torch.cat([observations, actions], dim=-1)
+        shape = actions.shape[-3:-1] if actions.ndim > 2 else actions.shape[:1]
+        flat = inputs.reshape(-1, *shape, inputs.shape[-1]).flatten(1, -2)  # [1 or E, rows, O + A]
+        x = list(flat) if len(flat) == self.num_critics else [flat[0]] * self.num_critics
         for index, layer in enumerate(self.hidden):
             x = layer(x)
             if self.norms is not None:
                 x = self.norms[index](x)
-            x = torch.relu_(x)
-        with torch.autocast(x.device.type, enabled=False):
-            q: Tensor = self.output(x.float())
-        return q.view(self.num_critics, *shape)
+            x = [torch.relu_(h) for h in x]
+        with torch.autocast(inputs.device.type, enabled=False):
+            weights, biases = self.output.weight.unbind(0), self.output.bias.unbind(0)
+            q = [torch.mv(h.to(w.dtype), w[:, 0]) + b[0] for h, w, b in zip(x, weights, biases, strict=True)]
+        return torch.stack(q).view(self.num_critics, *shape)
 
 
 class _EnsembleNorm(nn.Module):
-    """Layer norm with own scale and shift for each member: [E, B, H] -> [E, B, H]."""
+    """Layer norm with own scale and shift for each member: E times [rows, H] -> E times [rows, H]."""
 
     def __init__(self, members: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(members, 1, size))
         self.bias = nn.Parameter(torch.zeros(members, 1, size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        parts = zip(x, self.weight.unbind(0), self.bias.unbind(0), strict=True)
+        return [torch.nn.functional.layer_norm(h, h.shape[-1:], w[0], b[0]) for h, w, b in parts]
 
 
 class Value(nn.Module):
@@ -94,5 +97,5 @@ class Value(nn.Module):
 
 @torch.no_grad()
 def polyak_update(source: nn.Module, target: nn.Module, rate: float) -> None:
-    """Target <- (1 - rate) * target + rate * source, for all parameters at once."""
+    """Move every target parameter: target <- (1 - rate) * target + rate * source."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)

@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons and ensembles of them evaluated as one batched product."""
+"""Multi-layer perceptrons, and the stacked weights of ensembles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def orthogonal_(weight: Tensor, gain: float, generator: torch.Generator) -> None
 
 
 class EnsembleLinear(nn.Module):
-    """E independent linear layers. Weight [E, in, out], bias [E, 1, out]; x [E, B, in] or [B, in] -> [E, B, out]."""
+    """The weights of E independent linear layers: weight [E, in, out], bias [E, 1, out]."""
 
     def __init__(self, members: int, inputs: int, outputs: int, gain: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -26,11 +26,13 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
         orthogonal_(self.weight, gain, generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x @ weight + bias for every member."""
-        if x.ndim == 2:
-            x = x.expand(len(self.weight), -1, -1)
-        return torch.baddbmm(self.bias, x, self.weight)
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        """Map each member's own input [rows, in] to [rows, out].
+
+        Members in turn: on a CPU plain products are faster than one batched product, forward and backward (measured).
+        """
+        parts = zip(self.bias.unbind(0), x, self.weight.unbind(0), strict=True)
+        return [torch.addmm(bias, rows, weight) for bias, rows, weight in parts]
 
 
 class MLP(nn.Module):
@@ -65,7 +67,7 @@ class MLP(nn.Module):
         for layer in hidden:
             x = layer(x)
         with torch.autocast(x.device.type, enabled=False):
-            result: Tensor = output(x.float())
+            result: Tensor = output(x.to(next(output.parameters()).dtype))
         return result
 
 

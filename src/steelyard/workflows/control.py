@@ -109,6 +109,7 @@ def start(config: ControlRun, run_dir: str | Path, case: Case | None = None, qui
     """
     run = RunDir(run_dir)
     parts = _Parts(config)  # whatever is wrong with data or environment shows before a directory is made
+    _load_initial(config, parts)
     begin(run, config, case or Case(), parts.data_hash)
     return carry_out(run, lambda: _phases(config, run, parts, None, quiet))
 
@@ -126,6 +127,8 @@ def resume(run_dir: str | Path, quiet: bool = False) -> Path:
         return run.path
     parts = _Parts(config)
     found = rewind(run, config.data.path, parts.data_hash)
+    if found is None:
+        _load_initial(config, parts)
     return carry_out(run, lambda: _phases(config, run, parts, found, quiet))
 
 
@@ -168,6 +171,13 @@ class _Parts:
         self.optimizers = Optimizers(self.learner, config.optim)
 
 
+def _load_initial(config: ControlRun, parts: _Parts) -> None:
+    if config.initial is not None:
+        initial = checkpoint.load(find(config.initial))
+        checkpoint.load_into(parts.learner, initial.model, config.initial)
+        parts.optimizers.load_state_tensors(initial.optimizers)
+
+
 def _phases(config: ControlRun, run: RunDir, parts: _Parts, found: checkpoint.Checkpoint | None, quiet: bool) -> None:
     learner, optimizers = parts.learner, parts.optimizers
     first = 0
@@ -175,10 +185,6 @@ def _phases(config: ControlRun, run: RunDir, parts: _Parts, found: checkpoint.Ch
         checkpoint.load_into(learner, found.model, str(found.path))
         optimizers.load_state_tensors(found.optimizers)
         first = found.step
-    elif config.initial is not None:
-        initial = checkpoint.load(find(config.initial))
-        checkpoint.load_into(learner, initial.model, config.initial)
-        optimizers.load_state_tensors(initial.optimizers)
     artefact = ControlArtefact(config.objective, parts.spec, config.env).plain()
     examiner = _Examiner(config, run, learner, parts.offline)
     evaluation, online = config.evaluation, config.online
