@@ -10,8 +10,7 @@ if TYPE_CHECKING:
     from steelyard.data.episode import Episode
     from steelyard.data.formats import open_dataset
     from steelyard.data.store import Store
-    from steelyard.workflows.control import ControlRun, resume
-    from steelyard.workflows.control import start as train
+    from steelyard.workflows.control import ControlRun, resume, start
 
 __version__ = "0.1.0"
 
@@ -23,10 +22,10 @@ _PUBLIC = {
     "load": ("steelyard.artefact", "load"),
     "open_dataset": ("steelyard.data.formats", "open_dataset"),
     "resume": ("steelyard.workflows.control", "resume"),
-    "train": ("steelyard.workflows.control", "start"),
+    "start": ("steelyard.workflows.control", "start"),
 }
 
-__all__ = ["ControlRun", "Episode", "Store", "__version__", "load", "open_dataset", "resume", "train"]
+__all__ = ["ControlRun", "Episode", "Store", "__version__", "load", "open_dataset", "resume", "start"]
 
 
 def __getattr__(name: str) -> Any:

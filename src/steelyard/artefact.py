@@ -137,6 +137,8 @@ class LoadedPolicy:
                 if values.shape[len(lead) :] != entry.shape or len(lead) > 1:
                     raise DataError(f"observation {key!r} has shape {values.shape}, expected {entry.shape} or [B, ...]")
                 parts.append(values.reshape(*lead, -1))
+            if len({part.shape[:-1] for part in parts}) > 1:
+                raise DataError(f"observations have different batch sizes: {[part.shape[:-1] for part in parts]}")
             flat = np.concatenate(parts, axis=-1)
         else:
             flat = np.asarray(observation, np.float32)

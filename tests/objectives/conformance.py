@@ -181,6 +181,23 @@ def check_losses_and_metrics(build: Build, batch: TransitionBatch) -> None:
     assert not differing(before, batch.tensors()), "the batch was changed in place"
 
 
+def check_prepare(build: Build, batch: TransitionBatch) -> None:
+    """Both observations are normalised, actions scaled to the inside of [-1, 1]; nothing else is touched."""
+    learner = build(0)
+    ready = learner.prepare(batch)
+    mean, scale = STATISTICS.observation_mean, STATISTICS.observation_scale
+    for name in ("observations", "next_observations"):
+        raw = getattr(batch, name)
+        expected = (raw - mean) / scale if learner.config.network.normalizes_observations else raw
+        torch.testing.assert_close(getattr(ready, name), expected)
+    # the box [-2, 2] x [0.5, 1.5]: centre (0, 1), half widths (2, 0.5); row 0 lies on the border
+    expected = (batch.actions - torch.tensor([0.0, 1.0])) / torch.tensor([2.0, 0.5])
+    torch.testing.assert_close(ready.actions, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ready.actions[0], torch.full((2,), -learner.config.network.action_clip), rtol=0, atol=0)
+    same = ("rewards", "masks", "returns_to_go", "is_offline")
+    assert all(torch.equal(getattr(ready, name), getattr(batch, name)) for name in same)
+
+
 def check_plan_and_groups(build: Build, batch: TransitionBatch) -> None:
     """The plan names losses and groups that exist; groups are disjoint and hold all that any loss could train."""
     learner = build(0)
@@ -380,6 +397,7 @@ def check_policy(build: Build, batch: TransitionBatch) -> None:
 
 CHECKS: tuple[Callable[[Build, TransitionBatch], None], ...] = (
     check_losses_and_metrics,
+    check_prepare,
     check_plan_and_groups,
     check_phases_stay_in_their_groups,
     check_targets,

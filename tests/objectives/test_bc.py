@@ -39,7 +39,6 @@ def test_conformance(name, check):
     check(builder(CONFIGS[name]), BATCH)
 
 
-@pytest.mark.xfail(strict=True, reason="dropout draws from torch's global generator: a resumed run is not the same run")
 @pytest.mark.parametrize("check", [check_determinism, check_resume], ids=check_name)
 def test_dropout_is_a_function_of_seed_and_step(check):
     check(builder(BCConfig(network=dataclasses.replace(NETWORK, actor_dropout=0.5))), BATCH)

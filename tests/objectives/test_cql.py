@@ -327,9 +327,6 @@ def test_own_samples_differ_between_critics():
         torch.testing.assert_close(recomputed, samples.log_prob_next[e, :, 1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="with one critic no axis E is added, but the target still takes the first critic's samples"
-)
 @pytest.mark.parametrize("max_target_backup", [False, True])
 def test_own_samples_of_one_critic(max_target_backup):
     one = dataclasses.replace(NETWORK, num_critics=1)

@@ -167,7 +167,7 @@ def kill_until_done(
         if rng.random() < 0.5:
             hit = life.killed_after(rng.uniform(0.03, 0.6 * seconds))
         else:
-            hit = life.killed_at(rng.choice(PLACES[1:]), rng.uniform(0, 0.1 * seconds))
+            hit = life.killed_at(rng.choice(PLACES[1:]), rng.choice([0.0, rng.uniform(0, 0.1 * seconds)]))
         if hit is None:
             return hits
         hits[hit] += 1

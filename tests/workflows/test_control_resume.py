@@ -10,6 +10,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import pytest
 
 from steelyard.artefact import load
@@ -23,7 +25,7 @@ from steelyard.train.loop import Interrupted
 from steelyard.train.online import OnlineConfig, OnlineSource
 from steelyard.train.rundir import RunDir
 from steelyard.workflows import control
-from train.tiny import NETWORK, OBJECTIVES, point_run, point_store
+from train.tiny import NETWORK, OBJECTIVES, Point, point_run, point_store
 
 from .kill import Life, differences, everything, kill_until_done, undisturbed, valid_checkpoint_or_none
 
@@ -79,7 +81,7 @@ def test_the_comparison_sees_a_single_bit(data, tmp_path):
 @pytest.mark.timeout(1800)
 def test_200_random_kills(data, tmp_path):
     """Many runs are killed and resumed until they are done, 200 kills in all; every one of them must end exactly."""
-    rng, kills, finished, hits = random.Random(0), 200, Counter(), Counter()
+    rng, kills, finished, hits, unequal = random.Random(0), 200, Counter(), Counter(), {}
     configs = {name: point_run(data, objective) for name, objective in OBJECTIVES.items()}
     seconds = {name: undisturbed(config, tmp_path / name) for name, config in configs.items()}
     whole = {name: everything(tmp_path / name) for name in configs}
@@ -88,22 +90,49 @@ def test_200_random_kills(data, tmp_path):
         name = list(configs)[number % 2]
         folder = tmp_path / f"killed {number}"
         hits += kill_until_done(configs[name], folder, rng, seconds[name], kills - sum(hits.values()))
-        assert differences(whole[name], everything(folder)) == [], f"run {number} ({name})"
+        if wrong := differences(whole[name], everything(folder)):
+            unequal[f"run {number} ({name})"] = wrong  # go on: how often it happens is part of the answer
         finished[name] += 1
         number += 1
         shutil.rmtree(folder)
-    print(f"\n{sum(hits.values())} kills in {sum(finished.values())} runs, all exact: {dict(finished)}")
+    runs = sum(finished.values())
+    print(f"\n{sum(hits.values())} kills in {runs} runs {dict(finished)}; exact: {runs - len(unequal)}; not: {unequal}")
     places = Counter()
     for (place, online), count in sorted(hits.items()):
         places[place] += count
         places["online phase"] += count * online
         print(f"  {count:4d}  {place}, {'online' if online else 'offline'} phase")
+    assert unequal == {}
     assert sum(hits.values()) == kills
     assert min(finished.values()) >= 2
     # the kills must not all land where nothing can go wrong
     for place in ("offline update", "online update", "collecting", "checkpoint", "evaluation"):
         assert places[place] >= 5, places
     assert places["online phase"] >= 50
+
+
+def test_a_kill_in_the_last_clean_up_is_tidied(data, tmp_path, monkeypatch):
+    class KilledError(BaseException):
+        pass
+
+    original = checkpoint._remove
+
+    def remove(path):
+        if checkpoint.last(path.parent).name == "step_00000010":
+            raise KilledError
+        original(path)
+
+    config = point_run(data, **OFFLINE)
+    control.start(config, tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_remove", remove)
+        with pytest.raises(KilledError):
+            control.start(config, tmp_path / "killed", quiet=True)
+    control.resume(tmp_path / "killed", quiet=True)
+    names = {
+        name: sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir()) for name in ("whole", "killed")
+    }
+    assert names["killed"] == names["whole"] == ["step_00000010"]
 
 
 @pytest.mark.sim
@@ -345,7 +374,6 @@ def test_finetune_refuses_other_networks(data, tmp_path):
         control.start(point_run(data, other, initial=str(first)), tmp_path / "second", quiet=True)
 
 
-@pytest.mark.xfail(strict=True, reason="`initial` is read after the run directory is made")
 def test_a_wrong_beginning_leaves_no_directory(data, tmp_path):
     with pytest.raises(CheckpointError, match="neither a run nor a checkpoint"):
         control.start(point_run(data, initial=str(tmp_path / "nowhere")), tmp_path / "run", quiet=True)
@@ -389,6 +417,17 @@ class TwoArrays(gymnasium.Wrapper):
         return {"x": observation[:1], "goal": observation[1:]}, *rest
 
 
+def test_a_store_keeps_its_columns_apart(tmp_path):
+    episode = point_store(episodes=1).episode(0)
+    rows = len(episode) + 1
+    parts = {"x": np.ones((rows, 1), np.float32), "goal": np.full((rows, 2), 2, np.float32)}
+    store = Store.from_episodes([replace(episode, observations=parts)], tmp_path / "data")
+    for found in (store, Store.open(tmp_path / "data")):
+        assert list(found.spec.observations) == ["x", "goal"]
+        for key, values in found.episode(0).observation_dict.items():
+            np.testing.assert_array_equal(values, parts[key])
+
+
 @pytest.mark.parametrize("keys", [("x", "goal"), ("goal", "x")])
 def test_data_and_environment_agree_on_the_order_of_observations(keys, tmp_path, monkeypatch):
     """A run, its prior data and its artefact concatenate in one order, however the files sort their keys."""
@@ -401,7 +440,9 @@ def test_data_and_environment_agree_on_the_order_of_observations(keys, tmp_path,
         for plain in point_store(episodes=4).episodes():
             x, goal = np.ones((len(plain) + 1, 1), np.float32), 2 * np.ones((len(plain) + 1, 1), np.float32)
             episodes.append(replace(plain, observations={"goal": goal, "x": x}))
-        Store.from_episodes(episodes, tmp_path / "data", spec=spec_of(make(env), env))
+        # the data have an order of their own, which is not always the environment's
+        recorded = replace(env, observation_keys=("goal", "x"))
+        Store.from_episodes(episodes, tmp_path / "data", spec=spec_of(make(recorded), recorded))
         seen = []
         original = control.OfflineSource.batch
         monkeypatch.setattr(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import sys
 from typing import Any
 
-from steelyard.cli.arguments import parse, take_option
+from steelyard.cli.arguments import environment, parse, take_option
 from steelyard.errors import ConfigError
 from steelyard.recipes import RECIPES
 from steelyard.train.loop import Interrupted
@@ -30,6 +31,9 @@ def main(argv: list[str]) -> int:
     if size not in recipe.PRESETS:
         raise ConfigError(f"--size must be one of {', '.join(recipe.PRESETS)}, found {size!r}")
     preset: Any = recipe.PRESETS[size]
+    env, rest = take_option(rest, "--env", None)
+    if env is not None:
+        preset = dataclasses.replace(preset, run=dataclasses.replace(preset.run, env=environment(env)))
     config = parse(type(preset), preset, f"steelyard run {name} --size {size}", rest)
     try:
         recipe.run(config, size)

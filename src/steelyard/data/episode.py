@@ -84,6 +84,9 @@ class Spec(Config):
                 )
             else:
                 lines += _array_difference(f"observation {key!r}", a, b)
+        mine, theirs = list(self.observations), list(other.observations)
+        if mine != theirs and set(mine) == set(theirs):
+            lines.append(f"order of observations: {mine} here, {theirs} there")
         lines += _array_difference("actions", self.actions, other.actions)
         if self.num_actions != other.num_actions:
             lines.append(f"number of discrete actions: {self.num_actions} here, {other.num_actions} there")

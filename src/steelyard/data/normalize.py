@@ -73,6 +73,8 @@ class Normalizer(nn.Module):
 class BoxScaler(nn.Module):
     """Maps a bounded box to [-1, 1] and back: y = (x - centre) / half_width."""
 
+    low: Tensor
+    high: Tensor
     centre: Tensor
     half_width: Tensor
 
@@ -80,6 +82,8 @@ class BoxScaler(nn.Module):
         super().__init__()
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all() and (high > low).all()):
             raise DataError(f"action bounds must be finite with low < high, found {low.tolist()} and {high.tolist()}")
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
         self.register_buffer("centre", (low + high) / 2)
         self.register_buffer("half_width", (high - low) / 2)
 
@@ -88,5 +92,5 @@ class BoxScaler(nn.Module):
         return (values - self.centre) / self.half_width
 
     def inverse(self, values: Tensor) -> Tensor:
-        """Map [-1, 1] to the box."""
-        return values * self.half_width + self.centre
+        """Map [-1, 1] to the box; rounding never leaves it."""
+        return (values * self.half_width + self.centre).clamp(self.low, self.high)

@@ -304,7 +304,7 @@ class _DiskSink:
             },
             "content_hash": _content_hash(hashes, table),
         }
-        header["header_sha256"] = plain_hash(header)
+        header["header_sha256"] = _text_hash(_header_text(header))
         (self.staging / "store.json").write_text(_header_text(header), encoding="utf-8")
         os.replace(self.staging, self.path)
         return Store.open(self.path, verify=False)
@@ -378,13 +378,13 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise DataError(f"{file}: not a store header; altered or damaged") from None
     if format_name != FORMAT:
         raise DataError(f"{file}: format is {format_name!r}, expected {FORMAT!r}")
-    if not same or plain_hash(header) != expected:
+    if not same or _text_hash(_header_text(header)) != expected:
         raise DataError(f"{file}: header does not match its SHA-256; altered or damaged")
     return header
 
 
 def _header_text(header: dict[str, Any]) -> str:
-    return json.dumps(header, indent=2, sort_keys=True)
+    return json.dumps(header, indent=2)  # unsorted: records and batches follow the order of the spec's observations
 
 
 def spec_to_plain(spec: Spec) -> Any:
@@ -406,7 +406,11 @@ def spec_from_plain(plain: Any, where: Path) -> Spec:
 
 def plain_hash(plain: Any) -> str:
     """Return the SHA-256 of plain values as sorted JSON."""
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return _text_hash(json.dumps(plain, sort_keys=True))
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

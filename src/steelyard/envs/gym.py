@@ -104,8 +104,12 @@ def make(config: EnvConfig, **kwargs: Any) -> Env:
     try:
         # the checker repeats, slowly and with warnings, what VectorEnv checks
         env: Env = gymnasium.make(config.id, disable_env_checker=True, **options)
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise MissingExtraError(f"environment {config.id!r} needs a package that is not installed: {error}") from None
+    except gymnasium.error.DependencyNotInstalled:
+        # not Gymnasium's own advice, which installs a MuJoCo newer than the simulators work with
+        raise MissingExtraError(
+            f"environment {config.id!r} needs a simulator that is not installed; install it with: "
+            "pip install 'steelyard[sim]'"
+        ) from None
     except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as error:
         raise ConfigError(f"environment {config.id!r} cannot be made: {error}") from None
     except TypeError as error:

@@ -53,19 +53,24 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for size, following in itertools.pairwise(sizes):
             layers.append(_linear(size, following, math.sqrt(2), generator))
-            if dropout:
-                layers.append(nn.Dropout(dropout))
             if layer_norm:
                 layers.append(nn.LayerNorm(following))
             layers.append(nn.ReLU())
         layers.append(_linear(sizes[-1], outputs, last_gain, generator))
         self.layers = nn.Sequential(*layers)
+        self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., inputs] to [..., outputs]; the output layer runs in float32 under autocast."""
+    def forward(self, x: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+        """Map [..., inputs] to [..., outputs]; the output layer runs in float32 under autocast.
+
+        Dropout after each linear layer is applied only where a generator for it is given.
+        """
         *hidden, output = self.layers
         for layer in hidden:
             x = layer(x)
+            if self.dropout and dropout is not None and isinstance(layer, nn.Linear):
+                kept = torch.rand(x.shape, generator=dropout, device=x.device) >= self.dropout
+                x = x * kept / (1 - self.dropout)
         with torch.autocast(x.device.type, enabled=False):
             result: Tensor = output(x.to(next(output.parameters()).dtype))
         return result

@@ -71,9 +71,9 @@ class GaussianActor(nn.Module):
         else:
             self.shared_log_std = nn.Parameter(torch.zeros(action_size))
 
-    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, observations: Tensor, dropout: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return mean and log_std [B, A]; the mean is squashed already where `squash="mean"`."""
-        output = self.net(observations)
+        output = self.net(observations, dropout)
         if self.std == "state":
             mean, raw = output.chunk(2, dim=-1)
             log_std = self.log_std_multiplier * raw + self.log_std_offset
@@ -92,16 +92,16 @@ class GaussianActor(nn.Module):
         actions = mean.unsqueeze(1) + log_std.exp().unsqueeze(1) * noise
         return actions.clamp(-1, 1), gaussian_log_prob(noise, log_std.unsqueeze(1))
 
-    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Log-density of given actions [B, A] -> [B]."""
-        mean, log_std = self(observations)
+    def log_prob(self, observations: Tensor, actions: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+        """Log-density of given actions [B, A] -> [B]; with dropout where a generator for it is given."""
+        mean, log_std = self(observations, dropout)
         if self.squash == "tanh":
             return tanh_gaussian_log_prob(mean, log_std, actions)
         return gaussian_log_prob((actions - mean) / log_std.exp(), log_std)
 
-    def mode(self, observations: Tensor) -> Tensor:
+    def mode(self, observations: Tensor, dropout: torch.Generator | None = None) -> Tensor:
         """The deterministic action [B, A] in [-1, 1]."""
-        mean, _ = self(observations)
+        mean, _ = self(observations, dropout)
         return torch.tanh(mean) if self.squash == "tanh" else mean
 
 
@@ -114,14 +114,11 @@ class ActorPolicy:
     @torch.no_grad()
     def act(self, observations: Tensor, generator: torch.Generator, mode: Literal["mean", "sample"]) -> Tensor:
         """Return actions [B, A] in the environment's units for raw observations [B, O]."""
-        training = self.actor.training
-        self.actor.eval()  # dropout is for learning only
         normalized = self.normalizer(observations)
         if mode == "mean":
             actions = self.actor.mode(normalized)
         else:
             actions = self.actor.sample(normalized, generator)[0].squeeze(1)
-        self.actor.train(training)
         return self.box.inverse(actions)
 
     def reset(self) -> None:

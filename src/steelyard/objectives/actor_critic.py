@@ -49,7 +49,7 @@ class NetworkConfig(Config):
     critic_layer_norm: bool = False
     """Layer norm in the critics (RLPD)."""
     actor_dropout: float = 0.0
-    """Dropout in the actor while it learns."""
+    """Dropout in the actor's likelihood (bc and iql, which clone actions)."""
     normalizes_observations: bool = True
     """Normalise observations by the prior data's statistics; the statistics are part of the artefact."""
     action_clip: float = 0.99999
@@ -75,6 +75,8 @@ class ActorCritic(nn.Module):
         has_critic: bool = True,
     ) -> None:
         super().__init__()
+        if config.actor_dropout and squash == "tanh" and has_critic:
+            raise ConfigError(f"actor_dropout is for bc and iql, which clone actions; found {config.actor_dropout}")
         self.observation_size, self.action_size = observation_size(spec), continuous_action_size(spec)
         if config.normalizes_observations:
             self.normalizer = Normalizer(statistics.observation_mean.clone(), statistics.observation_scale.clone())

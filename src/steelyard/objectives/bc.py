@@ -65,6 +65,8 @@ class BC(Learner):
         )
         # a squared error says nothing about the spread: leave parameters that it cannot reach out of the optimiser
         actor = self.nets.actor.net if config.likelihood == "mse" else self.nets.actor
+        if config.likelihood == "mse":
+            self.nets.actor.shared_log_std.requires_grad_(False)
         self.groups = {"actor": Group(tuple(actor.parameters()), config.learning_rate, config.weight_decay)}
         self.plan = (Phase(("actor",), ("actor",)),)
 
@@ -75,9 +77,9 @@ class BC(Learner):
     def loss_actor(self, batch: TransitionBatch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """Negative log-likelihood, or squared error summed over action dimensions, mean over the batch."""
         if self.config.likelihood == "mse":
-            loss = (self.nets.actor.mode(batch.observations) - batch.actions).square().sum(-1).mean()
+            loss = (self.nets.actor.mode(batch.observations, generator) - batch.actions).square().sum(-1).mean()
         else:
-            loss = -self.nets.actor.log_prob(batch.observations, batch.actions).mean()
+            loss = -self.nets.actor.log_prob(batch.observations, batch.actions, generator).mean()
         return loss, {"loss/actor": loss.detach()}
 
     def policy(self) -> ActorPolicy:

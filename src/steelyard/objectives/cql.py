@@ -133,7 +133,7 @@ class CQLConfig(Config):
 class ActionSamples:
     """Actions sampled for one batch, with their log-densities: [B, N, A] and [B, N].
 
-    With independent samples for each critic a leading axis E is added. `*_states` are for the penalty's rows.
+    With independent samples for each critic a leading axis E is added.
     """
 
     random: Tensor
@@ -150,6 +150,9 @@ class CQL(Learner):
         super().__init__()
         if not 0 < config.state_fraction <= 1:
             raise ConfigError(f"state_fraction must lie in (0, 1], found {config.state_fraction}")
+        subset, critics = config.penalty_num_critics, config.network.num_critics
+        if subset is not None and not 1 <= subset <= critics:
+            raise ConfigError(f"penalty_num_critics must lie in 1..{critics} (num_critics), found {subset}")
         self.config = config
         self.nets = ActorCritic(spec, config.network, statistics, generator)
         self.temperature = LogScale(math.log(config.initial_temperature))
@@ -207,7 +210,7 @@ class CQL(Learner):
         """Return y [B]."""
         config = self.config
         next_actions, log_probs = samples.next, samples.log_prob_next
-        if not config.shares_samples:
+        if next_actions.ndim == 4:  # each critic has its own samples; the target takes the first one's
             next_actions, log_probs = next_actions[0], log_probs[0]
         if config.max_target_backup:
             q = self.nets.target_critic(batch.next_observations, next_actions)  # [E, B, N]
@@ -248,7 +251,7 @@ class CQL(Learner):
         groups = [group for group in ("random", "next", "current") if group in config.action_groups]
         bound = self.reference_values(batch)
         rows = _spaced_rows(len(batch), config.state_fraction)
-        everything = rows is None and config.shares_samples
+        everything = rows is None and samples.random.ndim == 3
         parts = [getattr(samples, group) for group in groups]
         if everything:  # the data action and all samples in one pass
             q_all = self.nets.critic(batch.observations, torch.cat([batch.actions[:, None], *parts], dim=1))
@@ -367,7 +370,8 @@ class _Multiplier(nn.Module):
     def __init__(self, mode: str) -> None:
         super().__init__()
         self.softplus = mode == "lagrange_c"
-        self.raw = nn.Parameter(torch.tensor(math.log(math.expm1(1.0)) if self.softplus else 1.0))
+        start = torch.tensor(math.log(math.expm1(1.0)) if self.softplus else 1.0)
+        self.raw = nn.Parameter(start, requires_grad=mode != "fixed")
 
     def forward(self) -> Tensor:
         return softplus(self.raw) if self.softplus else self.raw.exp().clamp(0.0, 1e6)

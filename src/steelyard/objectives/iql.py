@@ -103,7 +103,7 @@ class IQL(Learner):
         with torch.no_grad():
             advantage = self._target_q(batch) - self.value(batch.observations)
             weight = torch.exp(self.config.inverse_temperature * advantage).clamp(max=MAX_WEIGHT)
-        log_prob = self.nets.actor.log_prob(batch.observations, batch.actions)
+        log_prob = self.nets.actor.log_prob(batch.observations, batch.actions, generator)
         loss = -(weight * log_prob).mean()
         return loss, {"loss/actor": loss.detach(), "actor/weight": weight, "actor/data_log_prob": log_prob.detach()}
 

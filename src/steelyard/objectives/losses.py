@@ -70,7 +70,7 @@ def conservative_gap(
         lower_bound: [B] reference values (returns-to-go), or None.
         bound_random: apply the bound to the random group too.
         importance_sampling: correct by log-densities; otherwise plain Q, and the data action joins ("CQL(rho)").
-        reduction: soft maximum, or the plain mean over the sampled policy actions' Q.
+        reduction: soft maximum, or the plain mean over all sampled actions' Q.
         normalise: subtract T log(count), or also the log-volume A log 2, so that a flat critic has gap 0.
         temperature: T.
         clip: element-wise bounds of the gap.

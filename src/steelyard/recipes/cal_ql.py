@@ -21,6 +21,7 @@ from steelyard.bench.runner import Job, run_jobs
 from steelyard.config import Config, config_hash
 from steelyard.data.returns import RewardConfig
 from steelyard.envs.behaviours import PointMazeDataConfig, point_maze_env, point_maze_store, summarize_point_maze
+from steelyard.errors import ConfigError
 from steelyard.objectives import CalQLConfig, ControlConfig, CQLConfig, IQLConfig
 from steelyard.objectives.actor_critic import NetworkConfig
 from steelyard.report.html import write_report
@@ -56,7 +57,7 @@ class CalQLRecipe(Config):
     iql: IQLConfig = field(default_factory=IQLConfig)
     """IQL's own settings."""
     run: Annotated[ControlRun, tyro.conf.arg(name="")] = field(default_factory=ControlRun)
-    """What all runs share (objective, data.path, env and seed are set by the recipe)."""
+    """What all runs share; the recipe sets objective and seed, and data.path and env where they are not given."""
 
 
 CLAIM = {
@@ -98,13 +99,16 @@ def run(config: CalQLRecipe, size: str) -> Path:
     unplaced = replace(config, out=None, workers=1)  # where and how many at a time do not change the result
     out = Path(config.out or f"runs/cal_ql-{size}-{config_hash(unplaced)[:8]}")
     out.mkdir(parents=True, exist_ok=True)
-    data = out / "data"
-    if not data.exists():
-        store = point_maze_store(config.prior, data)
-        console.print(f"prior data: {summarize_point_maze(store, config.prior)}", markup=False, highlight=False)
-    folders = run_jobs(jobs(config, out, data), config.workers, f"cal_ql {size}")
+    data = config.run.data.path
+    if data is None:
+        data = str(out / "data")
+        if not Path(data).exists():
+            store = point_maze_store(config.prior, data)
+            console.print(f"prior data: {summarize_point_maze(store, config.prior)}", markup=False, highlight=False)
+    todo = jobs(config, out, data)
+    folders = run_jobs(todo, config.workers, f"cal_ql {size}")
     names = ", ".join(LABELS[case] for case in config.cases)
-    title = f"Cal-QL on PointMaze {config.prior.size}: {names}"
+    title = f"{names} on {todo[0].config.env.id if todo[0].config.env else data}"
     claim = CLAIM if set(config.cases) == set(LABELS) and config.run.online.updates else None
     page = write_report(folders, out, title, claim)
     console.print(terminal_table(summarize([read_run(folder) for folder in folders])))
@@ -112,18 +116,24 @@ def run(config: CalQLRecipe, size: str) -> Path:
     return page
 
 
-def jobs(config: CalQLRecipe, out: Path, data: Path) -> list[Job]:
+def jobs(config: CalQLRecipe, out: Path, data: str) -> list[Job]:
     """Return one job per seed and case; seeds outermost, so that a stopped recipe has whole comparisons."""
-    prior = config.prior
-    env = point_maze_env(prior.size, prior.start, prior.goal, prior.max_episode_steps, prior.action_repeat)
+    prior, env = config.prior, config.run.env
+    if env is None:
+        if config.run.data.path is not None:
+            raise ConfigError("with data of your own (--data.path), name their environment with --env ID")
+        env = point_maze_env(prior.size, prior.start, prior.goal, prior.max_episode_steps, prior.action_repeat)
+    evaluation = config.run.evaluation
     objectives: dict[str, ControlConfig] = {"cal_ql": config.cal_ql, "cql": config.cql, "iql": config.iql}
     return [
         Job(
             replace(
                 config.run,
                 objective=objectives[case],
-                data=replace(config.run.data, path=str(data)),
+                data=replace(config.run.data, path=data),
                 env=env,
+                # drawing takes as long as a hundred updates, and the report shows one episode
+                evaluation=replace(evaluation, renders=evaluation.renders and seed == config.seeds[0]),
                 seed=seed,
             ),
             Case("cal_ql", case, LABELS[case]),
@@ -156,9 +166,12 @@ def _preset(
     return CalQLRecipe(seeds=seeds, prior=prior, cal_ql=CalQLConfig(**shared), cql=conservative, iql=iql, run=run)
 
 
+_SPARSE = DataConfig(rewards=RewardConfig(scale=1.0, bias=-1.0, horizon="sparse", step_reward=0.0))
+
 PRESETS = {
+    # Each action is held for four simulator steps, so that an episode has 75 decisions and a run takes a minute.
     "tiny": _preset(
-        prior=PointMazeDataConfig(size="Medium", kind="play", action_repeat=4, steps=10_000, goal_fraction=0.12),
+        prior=PointMazeDataConfig(size="Medium", kind="noisy", action_repeat=4, steps=10_000, goal_fraction=0.12),
         conservative=CQLConfig(
             network=NetworkConfig(actor_hidden=(64, 64), critic_hidden=(64, 64), critic_init="mean_return"),
             discount=0.98,
@@ -166,19 +179,69 @@ PRESETS = {
             actor_lr=1e-3,
             critic_lr=1e-3,
             temperature_lr=1e-3,
+            target_entropy=0.0,
             cql_weight=5.0,
             num_samples=4,
             target_bounds=(-50.0, 0.0),
         ),
         run=ControlRun(
-            data=DataConfig(rewards=RewardConfig(scale=1.0, bias=-1.0, horizon="sparse", step_reward=0.0)),
-            offline_steps=4_000,
-            batch_size=128,
-            online=OnlineConfig(env_steps=2_000),
-            evaluation=EvaluationConfig(every_offline=2_000, every_online=200, renders=True),
-            loop=LoopConfig(log_every=200, checkpoint_every=2_000),
+            data=_SPARSE,
+            offline_steps=3_000,
+            batch_size=64,
+            online=OnlineConfig(env_steps=3_000, utd_ratio=0.5),
+            evaluation=EvaluationConfig(every_offline=1_000, every_online=250, renders=True),
+            loop=LoopConfig(log_every=250, checkpoint_every=1_500),
         ),
-        seeds=(0, 1, 2),
+        seeds=(10, 11, 12),  # 0 and 1 served to choose the settings
+        expectile=0.9,
+        inverse_temperature=10.0,
+    ),
+    # The same maze at the simulator's own rate, twice the width, ten seeds: an hour or two on two cores.
+    "small": _preset(
+        prior=PointMazeDataConfig(size="Medium", kind="noisy", steps=40_000, goal_fraction=0.12),
+        conservative=CQLConfig(
+            network=NetworkConfig(actor_hidden=(128, 128), critic_hidden=(128, 128), critic_init="mean_return"),
+            discount=0.99,
+            target_update_rate=0.01,
+            actor_lr=3e-4,
+            critic_lr=3e-4,
+            temperature_lr=3e-4,
+            target_entropy=0.0,
+            cql_weight=5.0,
+            num_samples=4,
+            target_bounds=(-100.0, 0.0),
+        ),
+        run=ControlRun(
+            data=_SPARSE,
+            offline_steps=20_000,
+            batch_size=128,
+            online=OnlineConfig(env_steps=20_000, utd_ratio=0.5),
+            evaluation=EvaluationConfig(every_offline=5_000, every_online=1_000, episodes=20, renders=True),
+        ),
+        seeds=tuple(range(10, 20)),
+        expectile=0.9,
+        inverse_temperature=10.0,
+    ),
+    # The authors' AntMaze settings (networks, multiplier, rewards, steps); bring the data with --data and --env.
+    "paper": _preset(
+        prior=PointMazeDataConfig(size="Large", kind="diverse", steps=1_000_000, goal_fraction=0.12),
+        conservative=CQLConfig(
+            network=NetworkConfig(
+                actor_hidden=(256, 256), critic_hidden=(256, 256, 256, 256), normalizes_observations=False
+            ),
+            cql_weight=5.0,
+            mode="lagrange_a",
+            cql_target_gap=0.8,
+            max_target_backup=True,
+        ),
+        run=ControlRun(
+            data=DataConfig(rewards=RewardConfig(scale=10.0, bias=-5.0, horizon="sparse", step_reward=0.0)),
+            offline_steps=1_000_000,
+            online=OnlineConfig(env_steps=1_000_000),
+            evaluation=EvaluationConfig(every_offline=50_000, every_online=2_000, episodes=20, renders=True),
+            loop=LoopConfig(log_every=1_000, checkpoint_every=50_000),
+        ),
+        seeds=tuple(range(10, 15)),
         expectile=0.9,
         inverse_temperature=10.0,
     ),

@@ -72,8 +72,7 @@ def save(
     Errors of the file system are never swallowed: they stop the run and leave the earlier checkpoints as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in (*folder.glob(".staging-*"), *folder.glob(".trash-*")):
-        shutil.rmtree(leftover)  # from a run that was killed while it wrote or removed
+    prune(folder)
     final = folder / f"step_{step:08d}"
     staging = folder / f".staging-{final.name}"
     write_files(
@@ -91,7 +90,15 @@ def save(
         _remove(final)
     os.replace(staging, final)
     _sync(folder)
-    keep = {final}
+    prune(folder)
+    return final
+
+
+def prune(folder: Path) -> None:
+    """Remove what a kill has left half written or half removed, and all checkpoints but the last and the best."""
+    for leftover in (*folder.glob(".staging-*"), *folder.glob(".trash-*")):
+        shutil.rmtree(leftover)
+    keep = set(steps(folder)[-1:])
     scored = {path: read_manifest(path)["score"] for path in steps(folder)}
     best = [path for path, value in scored.items() if value is not None]
     if best:
@@ -99,7 +106,6 @@ def save(
     for path in scored:
         if path not in keep:
             _remove(path)
-    return final
 
 
 def write_files(target: Path, files: dict[str, dict[str, Any]], header: dict[str, Any]) -> None:
@@ -214,7 +220,7 @@ def load_into(module: torch.nn.Module, tensors: dict[str, Tensor], where: str) -
 
 
 def _text(plain: dict[str, Any]) -> str:
-    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+    return json.dumps(plain, indent=2) + "\n"  # unsorted: the order of a spec's observations has a meaning
 
 
 def _remove(path: Path) -> None:

@@ -73,6 +73,7 @@ def rewind(run: RunDir, data: str | None, data_hash: str | None) -> checkpoint.C
     recorded = json.loads((run.path / "case.json").read_text())["data_hash"]
     if recorded != data_hash:
         raise DataError(f"{data}: not the data that {run.path} began with; its content hash has changed")
+    checkpoint.prune(run.checkpoints)
     found = checkpoint.load(checkpoint.last(run.checkpoints)) if checkpoint.steps(run.checkpoints) else None
     run.truncate_logs(found.state["logs"] if found else dict.fromkeys(run.log_sizes(), 0))
     run.event(f"resumed at update {found.step if found else 0}")

@@ -150,9 +150,9 @@ class _Parts:
         discount, seed = config.objective.discount, config.seed
         self.offline: OfflineSource | None = None
         if self.store is not None:
-            self.offline = OfflineSource(
-                self.store, config.data.rewards, discount, config.batch_size, seed, config.data.observation_keys
-            )
+            # the environment's order of observations is the order of concatenation, for data and policy alike
+            keys = config.data.observation_keys or (tuple(env_spec.observations) if env_spec else None)
+            self.offline = OfflineSource(self.store, config.data.rewards, discount, config.batch_size, seed, keys)
             self.spec = self.offline.spec
             statistics = self.offline.statistics()
         if env_spec is not None:
@@ -283,7 +283,8 @@ class _Examiner:
             return policy.act(rows, torch_generator(0, "record"), "mean").cpu().numpy()
 
         path = play(self.config.env, act, self.config.seed, "eval")
-        self.run.write_json("trajectory.json", path)
+        if "maze" in path:  # anything else has no map to draw its path on
+            self.run.write_json("trajectory.json", path)
         if not self.config.evaluation.renders:
             return
         try:
