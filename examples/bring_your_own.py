@@ -18,7 +18,7 @@ from steelyard.envs.gym import EnvConfig, make, spec_of
 from steelyard.objectives import CalQLConfig
 from steelyard.objectives.actor_critic import NetworkConfig
 from steelyard.train.online import OnlineConfig
-from steelyard.workflows.control import ControlRun, DataConfig, EvaluationConfig, start
+from steelyard.workflows.control import DataConfig, EvaluationConfig
 
 
 class Reach(gymnasium.Env):
@@ -60,7 +60,7 @@ def main(out="runs/bring_your_own", offline_steps=1000, env_steps=500):
     spec = spec_of(make(ENV), ENV)  # shapes and bounds, so that data and environment can be compared
     store = steelyard.Store.from_episodes((record(seed) for seed in range(80)), Path(out) / "data", spec=spec)
     diagnose(store).print()  # the doctor's findings
-    config = ControlRun(
+    config = steelyard.ControlRun(
         objective=CalQLConfig(network=NetworkConfig((64, 64), (64, 64)), discount=0.95, actor_lr=1e-3, num_samples=4),
         data=DataConfig(f"{out}/data", rewards=RewardConfig(bias=-1.0, horizon="sparse")),  # -1 a step, 0 at the end
         env=ENV,
@@ -69,7 +69,7 @@ def main(out="runs/bring_your_own", offline_steps=1000, env_steps=500):
         online=OnlineConfig(env_steps=int(env_steps)),
         evaluation=EvaluationConfig(episodes=20, every_offline=int(offline_steps), every_online=250),
     )
-    policy = steelyard.load(start(config, f"{out}/run"))  # weights, normalisers and spec; numpy in, numpy out
+    policy = steelyard.load(steelyard.start(config, f"{out}/run"))  # weights, normalisers and spec; numpy in, numpy out
     observation, _ = make(ENV).reset(seed=123)
     print(f"at {observation} the loaded policy does {policy(observation)}; next: steelyard report {out}/run")
 

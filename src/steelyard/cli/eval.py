@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -17,10 +18,9 @@ from steelyard.bench import stats
 from steelyard.bench.evaluate import evaluate
 from steelyard.cli.arguments import environment
 from steelyard.envs.gym import VectorEnv
+from steelyard.envs.reference import normalized_score, reference_range
 from steelyard.errors import ConfigError
 from steelyard.rng import numpy_generator
-
-import numpy as np  # isort: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,11 @@ def _table(rows: list[dict[str, object]], policy: str, env_id: str) -> Table:
     returns = np.array([row["return"] for row in rows], np.float64)
     estimate = stats.mean_estimate(returns, numpy_generator(0, "eval/return"))
     table.add_row("return (mean)", f"{estimate.value:.2f}", _interval(estimate.low, estimate.high))
+    if reference_range(env_id) is not None:
+        low, value, high = (
+            None if x is None else normalized_score(env_id, x) for x in (estimate.low, estimate.value, estimate.high)
+        )
+        table.add_row("D4RL score (0 random, 100 expert)", f"{value:.1f}", _interval(low, high))
     won = [row["success"] for row in rows]
     if None not in won:
         count = sum(map(bool, won))

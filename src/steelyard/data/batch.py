@@ -19,8 +19,9 @@ class Batch:
         return type(self)(**{name: value.to(device, non_blocking=True) for name, value in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return {field name: tensor}."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Return {field name: tensor} of the fields that are there."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def __len__(self) -> int:
         """Return the number of rows B."""
@@ -39,6 +40,9 @@ class TransitionBatch(Batch):
         masks: float32 [B], 1 - terminated: 1 where the value goes on beyond this step.
         returns_to_go: float32 [B], discounted sum of rewards from this step to the end of its trajectory.
         is_offline: float32 [B], 1 for prior data, 0 for data collected online.
+        n_step_returns: float32 [B], discounted sum of the next n rewards (fewer at a trajectory's end), or None.
+        n_step_discounts: float32 [B], weight of the value after them: discount^n, 0 after a termination, or None.
+        n_step_observations: float32 [B, O], where that value is taken, or None.
     """
 
     observations: Tensor
@@ -48,6 +52,18 @@ class TransitionBatch(Batch):
     masks: Tensor
     returns_to_go: Tensor
     is_offline: Tensor
+    n_step_returns: Tensor | None = None
+    n_step_discounts: Tensor | None = None
+    n_step_observations: Tensor | None = None
+
+    def with_whole_returns(self) -> TransitionBatch:
+        """Return the batch with its returns-to-go in place of n-step returns: nothing is left to bootstrap."""
+        return dataclasses.replace(
+            self,
+            n_step_returns=self.returns_to_go,
+            n_step_discounts=torch.zeros_like(self.returns_to_go),
+            n_step_observations=self.next_observations,
+        )
 
 
 @dataclass(frozen=True)

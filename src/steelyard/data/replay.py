@@ -11,8 +11,6 @@ from steelyard.data.batch import TransitionBatch
 from steelyard.data.returns import RewardConfig, returns_to_go
 from steelyard.data.sampler import Indices
 
-COLUMNS = ("observations", "actions", "rewards", "next_observations", "masks", "returns_to_go")
-
 
 class ReplayBuffer:
     """Holds whole trajectories only: what is not finished has no return-to-go and cannot be in here.
@@ -23,8 +21,15 @@ class ReplayBuffer:
     """
 
     def __init__(
-        self, capacity: int, observation_size: int, action_size: int, rewards: RewardConfig, discount: float
+        self,
+        capacity: int,
+        observation_size: int,
+        action_size: int,
+        rewards: RewardConfig,
+        discount: float,
+        n_step: int | None = None,
     ) -> None:
+        self.n_step = n_step
         self.capacity, self.config, self.discount = capacity, rewards, discount
         self.total = 0
         self.columns: dict[str, npt.NDArray[np.float32]] = {
@@ -35,6 +40,12 @@ class ReplayBuffer:
             "masks": np.empty(capacity, np.float32),
             "returns_to_go": np.empty(capacity, np.float32),
         }
+        if n_step is not None:
+            self.columns |= {
+                "n_step_returns": np.empty(capacity, np.float32),
+                "n_step_discounts": np.empty(capacity, np.float32),
+                "n_step_observations": np.empty((capacity, observation_size), np.float32),
+            }
 
     def __len__(self) -> int:
         """Return the number of transitions that can be sampled."""
@@ -67,6 +78,16 @@ class ReplayBuffer:
             "masks": masks,
             "returns_to_go": returns_to_go(rewards, terminated, self.discount, self.config),
         }
+        if self.n_step is not None:
+            # R_t = sum of up to n discounted rewards, from whole finite sums: S_t - discount^(k) S_(t + k)
+            start = np.arange(steps)
+            end = np.minimum(start + self.n_step, steps)
+            scaled = self.config.transform(rewards)
+            sums = np.append(returns_to_go(scaled, True, self.discount, RewardConfig()), 0.0)
+            weight = self.discount ** (end - start)
+            values["n_step_returns"] = sums[start] - weight * sums[end]
+            values["n_step_discounts"] = weight * np.where(end == steps, masks[-1], 1.0)
+            values["n_step_observations"] = observations[end]
         for name, column in self.columns.items():
             column[rows] = values[name]  # a trajectory longer than the ring keeps its end: later rows win
         self.total += steps

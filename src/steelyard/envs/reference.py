@@ -25,6 +25,11 @@ REFERENCE_RETURNS: dict[str, tuple[float, float]] = {
 }
 
 
+def reference_range(env_id: str) -> tuple[float, float] | None:
+    """Return (random, expert) returns of an environment id with or without its version; None if none are published."""
+    return REFERENCE_RETURNS.get(env_id.rsplit("-v", maxsplit=1)[0])
+
+
 def normalized_score(env_id: str, episode_return: float) -> float:
     """Return the D4RL normalised score: 0 for a random policy, 100 for D4RL's expert.
 
@@ -35,8 +40,8 @@ def normalized_score(env_id: str, episode_return: float) -> float:
     Raises:
         ConfigError: no reference is published for the environment.
     """
-    task = env_id.rsplit("-v", maxsplit=1)[0]
-    if task not in REFERENCE_RETURNS:
+    returns = reference_range(env_id)
+    if returns is None:
         raise ConfigError(f"no reference returns for {env_id!r}; known are {', '.join(sorted(REFERENCE_RETURNS))}")
-    random, expert = REFERENCE_RETURNS[task]
+    random, expert = returns
     return 100.0 * (episode_return - random) / (expert - random)

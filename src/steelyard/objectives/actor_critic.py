@@ -111,10 +111,12 @@ class ActorCritic(nn.Module):
     def prepare(self, batch: TransitionBatch) -> TransitionBatch:
         """Normalise observations and scale actions to [-clip, clip]."""
         actions = self.box(batch.actions).clamp(-self.action_clip, self.action_clip)
+        later = batch.n_step_observations
         return dataclasses.replace(
             batch,
             observations=self.normalizer(batch.observations),
             next_observations=self.normalizer(batch.next_observations),
+            n_step_observations=None if later is None else self.normalizer(later),
             actions=actions,
         )
 

@@ -16,7 +16,7 @@ online phase, and steps of unfinished trajectories are never sampled.
 | symbol | field |
 |---|---|
 | w | `cql_weight` |
-| V^\mu(s) | `lower_bound`: "returns" (the paper), "learned" (V(s) fitted to returns-to-go) |
+| V^\mu(s) | `lower_bound`: "returns" (the paper), "n_step" (online data bootstrap), "learned" (V(s) fitted to G) |
 
 Everything else, and the metric `critic/bound_rate` (share of policy actions whose Q lies under the bound), is cql.py's.
 
@@ -38,7 +38,7 @@ class CalQLConfig(CQLConfig):
 
     kind: Literal["cal_ql"] = "cal_ql"  # type: ignore[assignment]
     """Objective."""
-    lower_bound: Literal["returns", "learned"] = "returns"
+    lower_bound: Literal["returns", "n_step", "learned"] = "returns"
     """Reference value under the sampled policy actions."""
 
 

@@ -106,9 +106,11 @@ class CQLConfig(Config):
     """Element-wise bounds of the gap; AntMaze recipes use a least value of -200."""
     bound_random: bool = False
     """Where a lower bound is used (Cal-QL): apply it to random actions too."""
-    lower_bound: Literal["none", "returns", "learned"] = "none"
-    """Reference value under the sampled policy actions: none (CQL), returns-to-go (Cal-QL), or a learned V(s) that
-    regresses on returns-to-go."""
+    lower_bound: Literal["none", "returns", "n_step", "learned"] = "none"
+    """Reference value under the sampled policy actions: none (CQL), returns-to-go (Cal-QL), returns-to-go of prior data
+    and n-step returns with the target critics of online data, or a learned V(s) that regresses on returns-to-go."""
+    bound_steps: int = 10
+    """n of lower_bound="n_step"."""
     penalty_num_critics: int | None = None
     """Penalise only a random subset of this many critics (WSRL); None: all."""
     shares_samples: bool = True
@@ -236,7 +238,13 @@ class CQL(Learner):
 
     def reference_values(self, batch: TransitionBatch) -> Tensor | None:
         """Return the lower bound [B] under sampled policy actions, or None."""
-        if self.config.lower_bound == "returns":
+        if self.config.lower_bound == "n_step" and batch.n_step_returns is not None:
+            with torch.no_grad():
+                assert batch.n_step_observations is not None
+                action = self.nets.actor.mode(batch.n_step_observations)
+                value: Tensor = self.nets.target_critic(batch.n_step_observations, action).amin(0)
+            return batch.n_step_returns + batch.n_step_discounts * value
+        if self.config.lower_bound in ("returns", "n_step"):
             return batch.returns_to_go
         if self.config.lower_bound == "learned":
             return self.reference(batch.observations).detach()  # type: ignore[no-any-return]

@@ -93,7 +93,8 @@ class OnlineSource:
         parts = []
         if counts[0] and self.offline is not None:
             rows = uniform_indices(self.offline.store.num_steps, int(counts[0]), self.seed, "batch/offline", step)
-            parts.append(self.offline.gather(rows))
+            prior = self.offline.gather(rows)
+            parts.append(prior if self.buffer.n_step is None else prior.with_whole_returns())
         if counts[1]:
             rows = uniform_indices(len(self.buffer), int(counts[1]), self.seed, "batch/online", step)
             parts.append(self.buffer.gather(rows))

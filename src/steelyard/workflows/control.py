@@ -23,8 +23,9 @@ from steelyard.data.replay import ReplayBuffer
 from steelyard.data.returns import RewardConfig
 from steelyard.data.source import OfflineSource
 from steelyard.envs.gym import EnvConfig, VectorEnv, make, render_episode, spec_of
+from steelyard.envs.reference import reference_range
 from steelyard.errors import ConfigError, SteelyardError
-from steelyard.objectives import CalQLConfig, ControlConfig, build_learner
+from steelyard.objectives import CalQLConfig, ControlConfig, CQLConfig, build_learner
 from steelyard.objectives.actor_critic import DataStatistics, observation_size
 from steelyard.objectives.base import Learner, Scorer
 from steelyard.rng import numpy_generator, torch_generator
@@ -65,7 +66,8 @@ class EvaluationConfig(Config):
     every_online: int = 1_000
     """Online environment steps between evaluations; there is always one before the first step."""
     score_range: tuple[float, float] | None = None
-    """Returns that count as score 0 and 1, for tasks without a success rule."""
+    """Returns that count as score 0 and 1, for tasks without a success rule; None: D4RL's random and expert returns
+    where they are published for the environment."""
     renders: bool = False
     """Draw one episode of the final policy for the report (needs OpenGL)."""
 
@@ -137,6 +139,8 @@ class _Parts:
 
     def __init__(self, config: ControlRun) -> None:
         runtime.prepare(config.runtime)
+        if config.optim.autocast == "bf16":
+            runtime.require_bf16(config.runtime.device)
         path = config.data.path
         self.store = None if path is None else open_dataset(path, config.data.format)
         self.data_hash = None if self.store is None else self.store.content_hash
@@ -169,6 +173,10 @@ class _Parts:
         self.learner = build_learner(self.spec, config.objective, statistics, torch_generator(seed, "initial weights"))
         self.learner.to(config.runtime.device)
         self.optimizers = Optimizers(self.learner, config.optim)
+
+
+def _bound_steps(objective: ControlConfig) -> int | None:
+    return objective.bound_steps if isinstance(objective, CQLConfig) and objective.lower_bound == "n_step" else None
 
 
 def _load_initial(config: ControlRun, parts: _Parts) -> None:
@@ -217,6 +225,7 @@ def _phases(config: ControlRun, run: RunDir, parts: _Parts, found: checkpoint.Ch
             int(np.prod(parts.spec.actions.shape)),
             config.data.rewards,
             config.objective.discount,
+            _bound_steps(config.objective),
         )
         source = OnlineSource(
             learner.policy(), env, parts.offline, buffer, online, config.batch_size, config.seed, middle,
@@ -236,7 +245,10 @@ class _Examiner:
     def __init__(self, config: ControlRun, run: RunDir, learner: Learner, offline: OfflineSource | None) -> None:
         self.config, self.run, self.learner, self.offline = config, run, learner, offline
         self.env: VectorEnv | None = None
+        self.score_range = config.evaluation.score_range
         if config.env is not None:
+            if self.score_range is None and config.env.success == "none":
+                self.score_range = reference_range(config.env.id)
             count = min(config.evaluation.parallel, config.evaluation.episodes)
             self.env = VectorEnv(config.env, count, config.seed, "eval")
 
@@ -248,7 +260,7 @@ class _Examiner:
             return None
         evaluation = self.config.evaluation
         rows = evaluate(
-            self.learner.policy(), self.env, evaluation.episodes, self.config.seed, score_range=evaluation.score_range
+            self.learner.policy(), self.env, evaluation.episodes, self.config.seed, score_range=self.score_range
         )
         self.run.append(
             "eval.jsonl", [{"phase": stage.name, "update_step": step, "env_step": env_step} | row for row in rows]
@@ -257,7 +269,7 @@ class _Examiner:
 
     def scored(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a training episode's row with its score."""
-        return row | {"score": score_of(row["success"], row["return"], self.config.evaluation.score_range)}
+        return row | {"score": score_of(row["success"], row["return"], self.score_range)}
 
     def _calibrate(self, phase: str) -> None:
         """Compare Q at data actions with the return-to-go that the data obtained from there."""

@@ -91,6 +91,8 @@ def _train(
     config: LanguageRun, run: RunDir, source: TextSource, found: checkpoint.Checkpoint | None, quiet: bool
 ) -> None:
     runtime.prepare(config.runtime)
+    if config.optim.autocast == "bf16":
+        runtime.require_bf16(config.runtime.device)
     learner = SFT(config.objective, torch_generator(config.seed, "initial weights")).to(config.runtime.device)
     optimizers = Optimizers(learner, config.optim)
     if found is not None:
