@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -25,6 +26,29 @@ class Config:
 
 
 ConfigT = TypeVar("ConfigT")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise `ConfigError` unless each named field (each element of a tuple) is finite and above 0; None passes."""
+    for name in names:
+        for value in _numbers(getattr(config, name)):
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be above 0, found {value}")
+
+
+def require_range(config: Any, low: float, high: float, *names: str) -> None:
+    """Raise `ConfigError` unless low <= value <= high for each named field; None passes, NaN never does."""
+    for name in names:
+        for value in _numbers(getattr(config, name)):
+            if not low <= value <= high:
+                expected = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+                raise ConfigError(f"{name} must be {expected}, found {value}")
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
 
 
 def to_json(config: Any) -> str:
@@ -45,6 +69,8 @@ def from_json(cls: type[ConfigT], text: str, where: str = "config") -> ConfigT:
         return pydantic.TypeAdapter(cls).validate_json(text)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise ConfigError(f"{where}: not JSON: {first['ctx']['error']}") from None
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             key = str(first["loc"][-1])
@@ -59,7 +85,11 @@ def read_config(cls: type[ConfigT], path: str | Path) -> ConfigT:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
-    return from_json(cls, path.read_text(), where=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; expected JSON") from None
+    return from_json(cls, text, where=str(path))
 
 
 def config_hash(config: Any) -> str:

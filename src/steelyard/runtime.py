@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 import steelyard
-from steelyard.config import Config
+from steelyard.config import Config, require_positive
 from steelyard.errors import ConfigError
 
 PACKAGES = ("torch", "numpy", "safetensors", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "tyro", "pydantic")
@@ -33,6 +33,10 @@ class RuntimeConfig(Config):
     """float32 matrix products. On CPUs without matrix units "medium" is as exact as "highest" and up to twice as fast;
     where a probe finds it inexact, "highest" is used and said so."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "threads")
+
 
 def prepare(config: RuntimeConfig) -> str:
     """Apply threads and precision; return the matmul precision that is in force.
@@ -42,7 +46,10 @@ def prepare(config: RuntimeConfig) -> str:
     """
     torch.set_num_threads(config.threads)
     keep_memory()
-    device = torch.device(config.device)
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise ConfigError(f"device {config.device!r} is not one that torch knows, e.g. 'cpu' or 'cuda:0'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {config.device!r} was asked for, but torch sees no CUDA device")
     precision: str = config.matmul_precision

@@ -190,7 +190,8 @@ def everything(folder: Path) -> dict[str, Any]:
     for name in LOGS:
         rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
         result[name] = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
-    result["trajectory"] = json.loads((folder / "trajectory.json").read_text())
+    path = folder / "trajectory.json"  # mazes have one
+    result["trajectory"] = path.read_text() if path.exists() else None
     result["status"] = json.loads((folder / "status.json").read_text())["status"]
     return result
 

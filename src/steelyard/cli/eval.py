@@ -56,6 +56,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"{arguments.run} was trained without an environment: name one with --env ID")
     if arguments.episodes < 1:
         raise ConfigError(f"--episodes must be at least 1, found {arguments.episodes}")
+    if arguments.rows is not None and not arguments.rows.parent.is_dir():
+        raise ConfigError(f"--rows {arguments.rows}: there is no folder {arguments.rows.parent}")
     env = VectorEnv(config, min(arguments.parallel, arguments.episodes), arguments.seed, "eval")
     artefact.spec.require_match(env.spec, f"policy {arguments.run}", f"environment {config.id!r}")
     rows = evaluate(learner.policy(), env, arguments.episodes, arguments.seed, arguments.mode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import shlex
 import sys
 from typing import Any
 
@@ -38,6 +39,6 @@ def main(argv: list[str]) -> int:
     try:
         recipe.run(config, size)
     except Interrupted:
-        print(f"interrupted; a checkpoint was written. Go on with: steelyard run {' '.join(argv)}", file=sys.stderr)
+        print(f"interrupted; a checkpoint was written. Go on with: steelyard run {shlex.join(argv)}", file=sys.stderr)
         return 130
     return 0

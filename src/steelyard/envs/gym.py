@@ -23,7 +23,7 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from steelyard.config import Config
+from steelyard.config import Config, require_positive
 from steelyard.data.episode import ArraySpec, Spec
 from steelyard.errors import ConfigError, DataError, MissingExtraError, NonFiniteError, SteelyardError, require
 from steelyard.rng import derive_seed
@@ -60,6 +60,10 @@ class EnvConfig(Config):
     """Replace the reward by 0 at success and -1 elsewhere and terminate at success (the Adroit binary tasks)."""
     pin_goal: bool = False
     """Mazes: put the goal at the exact centre of reset_options["goal_cell"]; the package moves it at each reset."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "max_episode_steps", "action_repeat")
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class GaussianActor(nn.Module):
         """Draw `count` reparameterised actions per state: actions [B, K, A], log-densities [B, K]."""
         mean, log_std = self(observations)
         shape = (len(mean), count, self.action_size)
-        noise = torch.randn(shape, generator=generator, device=mean.device)
+        noise = torch.randn(shape, generator=generator, device=generator.device).to(mean.device)
         if self.squash == "tanh":
             return tanh_gaussian_sample(mean.unsqueeze(1), log_std.unsqueeze(1), noise)
         actions = mean.unsqueeze(1) + log_std.exp().unsqueeze(1) * noise
@@ -114,7 +114,7 @@ class ActorPolicy:
     @torch.no_grad()
     def act(self, observations: Tensor, generator: torch.Generator, mode: Literal["mean", "sample"]) -> Tensor:
         """Return actions [B, A] in the environment's units for raw observations [B, O]."""
-        normalized = self.normalizer(observations)
+        normalized = self.normalizer(observations.to(self.normalizer.mean.device))
         if mode == "mean":
             actions = self.actor.mode(normalized)
         else:

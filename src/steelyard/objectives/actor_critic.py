@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steelyard.config import Config
+from steelyard.config import Config, require_positive, require_range
 from steelyard.data.batch import TransitionBatch
 from steelyard.data.episode import Spec
 from steelyard.data.normalize import BoxScaler, Normalizer
@@ -58,6 +58,13 @@ class NetworkConfig(Config):
     """Start of the critics' output bias: 0, or the mean return-to-go of the data (saves bootstrapping time)."""
     last_layer_gain: float = 0.01
     """Gain of the orthogonal initialisation of the output layers."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "actor_hidden", "critic_hidden", "num_critics", "num_min_critics", "last_layer_gain")
+        require_range(self, 0, 1, "actor_dropout", "action_clip")
+        if self.num_min_critics is not None and self.num_min_critics > self.num_critics:
+            raise ConfigError(f"num_min_critics is {self.num_min_critics}, but num_critics only {self.num_critics}")
 
 
 class ActorCritic(nn.Module):

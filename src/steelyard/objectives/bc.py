@@ -14,13 +14,14 @@ Differences from the paper: none to speak of. Given a batch that mixes in online
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from steelyard.config import Config
+from steelyard.config import Config, require_positive, require_range
 from steelyard.data.batch import TransitionBatch
 from steelyard.data.episode import Spec
 from steelyard.nets.policies import ActorPolicy
@@ -44,6 +45,12 @@ class BCConfig(Config):
     """What is maximised (see above)."""
     discount: float = 0.99
     """gamma, for the reported returns-to-go only."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "learning_rate")
+        require_range(self, 0, 1, "discount")
+        require_range(self, 0, math.inf, "weight_decay")
 
 
 class BC(Learner):

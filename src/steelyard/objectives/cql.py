@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from steelyard.config import Config
+from steelyard.config import Config, require_positive, require_range
 from steelyard.data.batch import TransitionBatch
 from steelyard.data.episode import Spec
 from steelyard.errors import ConfigError
@@ -130,6 +130,20 @@ class CQLConfig(Config):
     bc_steps: int = 0
     """For so many first updates the actor maximises log pi(data action) instead of Q."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "actor_lr", "critic_lr", "temperature_lr", "initial_temperature")
+        require_positive(self, "num_samples", "penalty_temperature", "bound_steps")
+        require_range(self, 0, 1, "discount", "target_update_rate", "state_fraction")
+        require_range(self, 0, math.inf, "cql_weight", "bc_steps")
+        if not self.action_groups:
+            raise ConfigError("action_groups must name at least one of random, current, next")
+        subset, critics = self.penalty_num_critics, self.network.num_critics
+        if subset is not None and not 1 <= subset <= critics:
+            raise ConfigError(f"penalty_num_critics must lie in 1..{critics} (num_critics), found {subset}")
+        if self.state_fraction == 0:
+            raise ConfigError("state_fraction must be above 0, found 0")
+
 
 @dataclass(frozen=True)
 class ActionSamples:
@@ -150,11 +164,6 @@ class CQL(Learner):
 
     def __init__(self, spec: Spec, config: CQLConfig, statistics: DataStatistics, generator: torch.Generator) -> None:
         super().__init__()
-        if not 0 < config.state_fraction <= 1:
-            raise ConfigError(f"state_fraction must lie in (0, 1], found {config.state_fraction}")
-        subset, critics = config.penalty_num_critics, config.network.num_critics
-        if subset is not None and not 1 <= subset <= critics:
-            raise ConfigError(f"penalty_num_critics must lie in 1..{critics} (num_critics), found {subset}")
         self.config = config
         self.nets = ActorCritic(spec, config.network, statistics, generator)
         self.temperature = LogScale(math.log(config.initial_temperature))
@@ -239,8 +248,9 @@ class CQL(Learner):
     def reference_values(self, batch: TransitionBatch) -> Tensor | None:
         """Return the lower bound [B] under sampled policy actions, or None."""
         if self.config.lower_bound == "n_step" and batch.n_step_returns is not None:
+            assert batch.n_step_discounts is not None
+            assert batch.n_step_observations is not None
             with torch.no_grad():
-                assert batch.n_step_observations is not None
                 action = self.nets.actor.mode(batch.n_step_observations)
                 value: Tensor = self.nets.target_critic(batch.n_step_observations, action).amin(0)
             return batch.n_step_returns + batch.n_step_discounts * value

@@ -23,13 +23,14 @@ their fine-tuning runs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from steelyard.config import Config
+from steelyard.config import Config, require_positive, require_range
 from steelyard.data.batch import TransitionBatch
 from steelyard.data.episode import Spec
 from steelyard.nets.critics import Value
@@ -61,6 +62,12 @@ class IQLConfig(Config):
     """beta: weight exp(beta * advantage), at most 100."""
     target_bounds: tuple[float, float] | None = None
     """Clip targets to (least, greatest) possible return; None: no clipping."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "learning_rate")
+        require_range(self, 0, 1, "discount", "target_update_rate", "expectile")
+        require_range(self, 0, math.inf, "inverse_temperature")
 
 
 class IQL(Learner):

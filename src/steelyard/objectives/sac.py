@@ -34,7 +34,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steelyard.config import Config
+from steelyard.config import Config, require_positive, require_range
 from steelyard.data.batch import TransitionBatch
 from steelyard.data.episode import Spec
 from steelyard.nets.policies import ActorPolicy
@@ -73,6 +73,11 @@ class SACConfig(Config):
     """How the actor sees the ensemble."""
     actor_every: int = 1
     """Update actor and temperature at every k-th critic update."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "actor_lr", "critic_lr", "temperature_lr", "initial_temperature", "actor_every")
+        require_range(self, 0, 1, "discount", "target_update_rate")
 
 
 class SAC(Learner):

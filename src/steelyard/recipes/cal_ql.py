@@ -18,7 +18,7 @@ from rich.console import Console
 
 from steelyard.bench.rows import read_run
 from steelyard.bench.runner import Job, run_jobs
-from steelyard.config import Config, config_hash
+from steelyard.config import Config, config_hash, to_json
 from steelyard.data.returns import RewardConfig
 from steelyard.envs.behaviours import PointMazeDataConfig, point_maze_env, point_maze_store, summarize_point_maze
 from steelyard.errors import ConfigError
@@ -29,6 +29,7 @@ from steelyard.report.numbers import summarize
 from steelyard.report.summary import terminal_table
 from steelyard.train.loop import LoopConfig
 from steelyard.train.online import OnlineConfig
+from steelyard.workflows import control
 from steelyard.workflows.common import Case
 from steelyard.workflows.control import ControlRun, DataConfig, EvaluationConfig
 
@@ -99,6 +100,10 @@ def run(config: CalQLRecipe, size: str) -> Path:
     unplaced = replace(config, out=None, workers=1)  # where and how many at a time do not change the result
     out = Path(config.out or f"runs/cal_ql-{size}-{config_hash(unplaced)[:8]}")
     out.mkdir(parents=True, exist_ok=True)
+    recorded, identity = out / "recipe.json", to_json(replace(unplaced, seeds=(), cases=()))
+    if recorded.exists() and recorded.read_text() != identity:
+        raise ConfigError(f"{out}: holds runs with other settings (see {recorded}); choose another --out")
+    recorded.write_text(identity)
     data = config.run.data.path
     if data is None:
         data = str(out / "data")
@@ -107,6 +112,10 @@ def run(config: CalQLRecipe, size: str) -> Path:
             console.print(f"prior data: {summarize_point_maze(store, config.prior)}", markup=False, highlight=False)
     todo = jobs(config, out, data)
     folders = run_jobs(todo, config.workers, f"cal_ql {size}")
+    for job, folder in zip(todo, folders, strict=True):
+        drawn = (folder / "frames.npz").exists() or (folder / "render_error.txt").exists()
+        if job.config.seed == config.seeds[0] and not drawn and (folder / "checkpoints").exists():
+            control.draw(folder)  # the report shows one episode of each case
     names = ", ".join(LABELS[case] for case in config.cases)
     title = f"{names} on {todo[0].config.env.id if todo[0].config.env else data}"
     claim = CLAIM if set(config.cases) == set(LABELS) and config.run.online.updates else None
@@ -123,7 +132,6 @@ def jobs(config: CalQLRecipe, out: Path, data: str) -> list[Job]:
         if config.run.data.path is not None:
             raise ConfigError("with data of your own (--data.path), name their environment with --env ID")
         env = point_maze_env(prior.size, prior.start, prior.goal, prior.max_episode_steps, prior.action_repeat)
-    evaluation = config.run.evaluation
     objectives: dict[str, ControlConfig] = {"cal_ql": config.cal_ql, "cql": config.cql, "iql": config.iql}
     return [
         Job(
@@ -132,8 +140,6 @@ def jobs(config: CalQLRecipe, out: Path, data: str) -> list[Job]:
                 objective=objectives[case],
                 data=replace(config.run.data, path=data),
                 env=env,
-                # drawing takes as long as a hundred updates, and the report shows one episode
-                evaluation=replace(evaluation, renders=evaluation.renders and seed == config.seeds[0]),
                 seed=seed,
             ),
             Case("cal_ql", case, LABELS[case]),
@@ -186,11 +192,11 @@ PRESETS = {
         ),
         run=ControlRun(
             data=_SPARSE,
-            offline_steps=3_000,
+            offline_steps=2_500,
             batch_size=64,
-            online=OnlineConfig(env_steps=3_000, utd_ratio=0.5),
-            evaluation=EvaluationConfig(every_offline=1_000, every_online=250, renders=True),
-            loop=LoopConfig(log_every=250, checkpoint_every=1_500),
+            online=OnlineConfig(env_steps=2_500, utd_ratio=0.5),
+            evaluation=EvaluationConfig(every_offline=1_250, every_online=250),
+            loop=LoopConfig(log_every=250, checkpoint_every=1_250),
         ),
         seeds=(10, 11, 12),  # 0 and 1 served to choose the settings
         expectile=0.9,
@@ -216,7 +222,7 @@ PRESETS = {
             offline_steps=20_000,
             batch_size=128,
             online=OnlineConfig(env_steps=20_000, utd_ratio=0.5),
-            evaluation=EvaluationConfig(every_offline=5_000, every_online=1_000, episodes=20, renders=True),
+            evaluation=EvaluationConfig(every_offline=5_000, every_online=1_000, episodes=20),
         ),
         seeds=tuple(range(10, 20)),
         expectile=0.9,
@@ -238,7 +244,7 @@ PRESETS = {
             data=DataConfig(rewards=RewardConfig(scale=10.0, bias=-5.0, horizon="sparse", step_reward=0.0)),
             offline_steps=1_000_000,
             online=OnlineConfig(env_steps=1_000_000),
-            evaluation=EvaluationConfig(every_offline=50_000, every_online=2_000, episodes=20, renders=True),
+            evaluation=EvaluationConfig(every_offline=50_000, every_online=2_000, episodes=20),
             loop=LoopConfig(log_every=1_000, checkpoint_every=50_000),
         ),
         seeds=tuple(range(10, 15)),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from steelyard.config import Config
+from steelyard.config import Config, require_positive
 from steelyard.data.source import Source
 from steelyard.objectives.base import Learner, Metrics
 from steelyard.rng import torch_generator
@@ -37,6 +37,10 @@ class LoopConfig(Config):
     """Fetch and write metrics."""
     checkpoint_every: int = 5_000
     """Write a checkpoint (one is always written at the end)."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "log_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -165,10 +169,11 @@ def fit(
                 rate = (done - clock_step) / max(time.perf_counter() - clock, 1e-9)
                 row = {"phase": stage.name, "update_step": done, **source.counters(), **reduce(metrics)}
                 run.append("metrics.jsonl", [row | {"time/updates_per_second": rate}])
-                progress.advance_to(done, note)
             if evaluates and (ends or (done - stage.first) % stage.evaluate_every == 0):
                 guard.check()
                 look(done)
+            if ends or done % config.log_every == 0:
+                progress.advance_to(done, note)
             if ends or done % config.checkpoint_every == 0 or interrupt.asked:
                 save(done)
             score = None

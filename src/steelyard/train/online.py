@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from steelyard.config import Config
+from steelyard.config import Config, require_positive, require_range
 from steelyard.data.batch import TransitionBatch
 from steelyard.data.mixture import mixture_counts
 from steelyard.data.replay import ReplayBuffer
@@ -50,6 +50,17 @@ class OnlineConfig(Config):
     capacity: int = 1_000_000
     """Online transitions kept."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "utd_ratio", "num_envs", "capacity")
+        require_range(self, 0, math.inf, "env_steps", "warmup_steps")
+        if not (0 <= self.offline_ratio <= 1 or self.offline_ratio == -1):
+            raise ConfigError(f"offline_ratio must lie in [0, 1] or be -1, found {self.offline_ratio}")
+        if self.env_steps and self.warmup_steps >= self.env_steps:
+            raise ConfigError(
+                f"warmup_steps ({self.warmup_steps}) must be below env_steps ({self.env_steps}), or nothing is learned"
+            )
+
     @property
     def updates(self) -> int:
         """Updates that the environment steps allow."""
@@ -71,8 +82,6 @@ class OnlineSource:
         first_update: int,
         on_episode: Callable[[EpisodeRow], None],
     ) -> None:
-        if not -1 <= config.offline_ratio <= 1 or -1 < config.offline_ratio < 0:
-            raise ConfigError(f"offline_ratio must lie in [0, 1] or be -1, found {config.offline_ratio}")
         if config.offline_ratio != 0 and offline is None:
             raise ConfigError(f"offline_ratio {config.offline_ratio} needs prior data; none was given")
         self.policy, self.env, self.offline, self.buffer = policy, env, offline, buffer

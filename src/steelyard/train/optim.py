@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steelyard.config import Config
+from steelyard.config import Config, require_positive, require_range
 from steelyard.objectives.base import Learner, Phase
 
 
@@ -24,6 +24,11 @@ class OptimConfig(Config):
     """Clip the gradient of a phase to this global norm; None: no clipping."""
     autocast: Literal["off", "bf16"] = "off"
     """bf16 autocast of the forward passes; output heads and losses stay in float32."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "eps", "max_grad_norm")
+        require_range(self, 0, 1, "betas")
 
 
 class Optimizers:

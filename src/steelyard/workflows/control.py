@@ -5,6 +5,8 @@ Everything is a field of `ControlRun`; a run is made by `start` and continued by
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ import numpy.typing as npt
 import torch
 
 from steelyard import runtime
-from steelyard.artefact import ControlArtefact, find
-from steelyard.bench.evaluate import evaluate, mean_score, play, score_of
-from steelyard.config import Config
+from steelyard.artefact import ControlArtefact, find, load_learner
+from steelyard.bench.evaluate import Act, evaluate, mean_score, play, score_of
+from steelyard.config import Config, require_positive, require_range
 from steelyard.data.episode import Spec
 from steelyard.data.formats import open_dataset
 from steelyard.data.replay import ReplayBuffer
@@ -27,7 +29,7 @@ from steelyard.envs.reference import reference_range
 from steelyard.errors import ConfigError, SteelyardError
 from steelyard.objectives import CalQLConfig, ControlConfig, CQLConfig, build_learner
 from steelyard.objectives.actor_critic import DataStatistics, observation_size
-from steelyard.objectives.base import Learner, Scorer
+from steelyard.objectives.base import Learner, Policy, Scorer
 from steelyard.rng import numpy_generator, torch_generator
 from steelyard.train import checkpoint
 from steelyard.train.loop import LoopConfig, Stage, fit
@@ -71,6 +73,11 @@ class EvaluationConfig(Config):
     renders: bool = False
     """Draw one episode of the final policy for the report (needs OpenGL)."""
 
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "episodes", "parallel")
+        require_range(self, 0, math.inf, "every_offline", "every_online")
+
 
 @dataclass(frozen=True)
 class ControlRun(Config):
@@ -100,6 +107,11 @@ class ControlRun(Config):
     """Run or checkpoint to start from: its weights, multipliers and optimiser state."""
     seed: int = 0
     """Of everything random in the run."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "batch_size")
+        require_range(self, 0, math.inf, "offline_steps")
 
 
 def start(config: ControlRun, run_dir: str | Path, case: Case | None = None, quiet: bool = False) -> Path:
@@ -285,23 +297,36 @@ class _Examiner:
         self.run.append("calibration.jsonl", [{"phase": phase, "q": q, "return_to_go": g} for q, g in pairs])
 
     def record(self) -> None:
-        """Write the path of one evaluation episode, and its frames if asked for."""
-        if self.env is None or self.config.env is None:
+        """Write the path of one evaluation episode in a maze, and draw an episode if the config asks for it."""
+        if self.config.env is None:
             return
-        policy = self.learner.policy()
-
-        def act(observations: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-            rows = torch.from_numpy(observations).to(self.config.runtime.device)
-            return policy.act(rows, torch_generator(0, "record"), "mean").cpu().numpy()
-
-        path = play(self.config.env, act, self.config.seed, "eval")
+        path = play(self.config.env, _mode_of(self.learner.policy()), self.config.seed, "eval")
         if "maze" in path:  # anything else has no map to draw its path on
             self.run.write_json("trajectory.json", path)
-        if not self.config.evaluation.renders:
-            return
-        try:
-            frames = render_episode(self.config.env, act, self.config.seed, "eval", every=4)
-        except SteelyardError as error:
-            (self.run.path / "render_error.txt").write_text(str(error) + "\n")
-            return
-        np.savez_compressed(self.run.path / "frames.npz", frames=np.stack(frames))
+        if self.config.evaluation.renders:
+            draw(self.run.path)
+
+
+def draw(run_dir: str | Path) -> None:
+    """Draw one episode of a run's last policy into frames.npz, or write the reason why not into render_error.txt."""
+    learner, artefact = load_learner(run_dir)
+    if artefact.env is None:
+        raise ConfigError(f"{run_dir}: trained without an environment, so there is no episode to draw")
+    seed: int = json.loads((Path(run_dir) / "case.json").read_text())["seed"]
+    try:
+        frames = render_episode(artefact.env, _mode_of(learner.policy()), seed, "eval", every=4)
+    except SteelyardError as error:
+        (Path(run_dir) / "render_error.txt").write_text(f"{error}\n")
+        return
+    np.savez_compressed(Path(run_dir) / "frames.npz", frames=np.stack(frames))
+
+
+def _mode_of(policy: Policy) -> Act:
+    """Return the policy's deterministic action as a function of numpy observations [B, O]."""
+    generator = torch_generator(0, "unused")
+
+    def act(observations: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        actions: npt.NDArray[np.float32] = policy.act(torch.from_numpy(observations), generator, "mean").cpu().numpy()
+        return actions
+
+    return act

@@ -7,12 +7,13 @@ return is its log-likelihood.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from steelyard import runtime
 from steelyard.bench.evaluate import mean_score
-from steelyard.config import Config, to_json
+from steelyard.config import Config, require_positive, require_range, to_json
 from steelyard.data.text import TextSource
 from steelyard.errors import ConfigError
 from steelyard.objectives.sft import SFT, SFTConfig
@@ -50,6 +51,11 @@ class LanguageRun(Config):
     """Threads, precision, device."""
     seed: int = 0
     """Of everything random in the run."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "batch_size", "steps", "validation_batches")
+        require_range(self, 0, math.inf, "evaluate_every")
 
 
 def is_language_run(run_dir: str | Path) -> bool:
