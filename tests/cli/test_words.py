@@ -209,7 +209,6 @@ def test_an_absent_extra_is_one_sentence_with_the_command(
     assert err.count("\n") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="repeats Gymnasium's own advice")
 def test_absent_mujoco_names_our_extra(command, monkeypatch):
     """Gymnasium's own advice would install a newer mujoco than the simulators can use."""
     _absent(monkeypatch, "mujoco")

@@ -225,11 +225,14 @@ def test_the_first_batch_waits_for_a_whole_trajectory():
     assert [row["env_step"] for row in rows] == [20, 40, 60]
 
 
-@pytest.mark.parametrize(
-    ("env_steps", "warmup", "utd", "updates"), [(0, 0, 1.0, 0), (5, 9, 1.0, 0), (7, 0, 0.5, 3), (3, 0, 2.0, 6)]
-)
+@pytest.mark.parametrize(("env_steps", "warmup", "utd", "updates"), [(0, 0, 1.0, 0), (7, 0, 0.5, 3), (3, 0, 2.0, 6)])
 def test_number_of_updates(env_steps, warmup, utd, updates):
     assert OnlineConfig(env_steps=env_steps, warmup_steps=warmup, utd_ratio=utd).updates == updates
+
+
+def test_a_warmup_that_leaves_no_updates_is_refused():
+    with pytest.raises(ConfigError, match=r"warmup_steps \(9\) must be below env_steps \(5\)"):
+        OnlineConfig(env_steps=5, warmup_steps=9)
 
 
 # ---------------------------------------------------------------------------------------------- not finite
