@@ -19,8 +19,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 GENERATED = ("docs/results/", "docs/images/")  # made by runs; checked by whoever commits them
 BLOCK = re.compile(r"(<!-- no-test -->\s*\n)?^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ELSEWHERE = {"docs/reports.md"}  # needs runs to report on: tests/report/test_docs.py
-NOT_YET = {"docs/data.md", "docs/environments.md", "docs/resume.md"}  # blocks that cannot run lack the mark
-UNKNOWN_COMMANDS = {"docs/resume.md"}
 
 
 def name_of(page: Path) -> str:
@@ -37,8 +35,7 @@ def _params() -> list:
         name = name_of(page)
         if name.startswith("docs/objectives/") or name in ELSEWHERE or not blocks(page):
             continue  # objectives: tests/objectives/conformance.py, with fewer updates
-        marks = [pytest.mark.xfail(strict=True)] if name in NOT_YET else []
-        made.append(pytest.param(page, marks=marks, id=name))
+        made.append(pytest.param(page, id=name))
     return made
 
 
@@ -84,13 +81,7 @@ def test_links_and_named_files_exist(page):
     assert [name for name in missing if not name.startswith(GENERATED)] == []
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(p, marks=[pytest.mark.xfail(strict=True)] if name_of(p) in UNKNOWN_COMMANDS else [], id=name_of(p))
-        for p in PAGES
-    ],
-)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_exist(page):
     """Every `steelyard COMMAND` on a page is one, and every command of the program has its line in the reference."""
     from steelyard.cli.main import COMMANDS

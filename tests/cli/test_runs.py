@@ -76,7 +76,6 @@ def test_train_from_a_config_file(command, prior, tmp_path, offline_run):
     assert second == first | {"seed": 1}
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="bounds of different shapes are compared")
 def test_data_that_do_not_fit_the_environment(command, prior, tmp_path):
     status, _, err = command("train", "bc", "--data", prior, "--env", "Pendulum-v1", "--out", tmp_path / "run")
     assert status == 2
@@ -165,7 +164,6 @@ def test_eval_in_another_environment(command, offline_run):
     assert command("eval", offline_run, "--env", ENV_ID, "--episodes", 2)[0] == 0
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="bounds of different shapes are compared")
 def test_eval_in_an_environment_that_does_not_fit(command, offline_run):
     status, _, err = command("eval", offline_run, "--env", "Pendulum-v1", "--episodes", 2)
     assert status == 2
@@ -182,16 +180,10 @@ def test_report(command, online_run, tmp_path):
     assert "cql" in err
 
 
-@pytest.mark.xfail(strict=True, reason="the report refuses a path of one dimension")
-def test_a_report_of_one_observation_dimension(command, online_run, tmp_path):
-    shutil.copytree(online_run, tmp_path / "run")
-    file = tmp_path / "run/trajectory.json"
-    path = json.loads(file.read_text())
-    file.write_text(json.dumps(path | {"observations": [row[:1] for row in path["observations"]]}))
-    assert command("report", tmp_path / "run")[0] == 0
+def test_no_path_is_written_where_there_is_no_maze_to_draw_it_in(online_run):
+    assert not (online_run / "trajectory.json").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="a finished run ends with status 2 where no report can be drawn")
 def test_a_finished_run_is_fine_without_matplotlib(command, prior, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)

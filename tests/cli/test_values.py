@@ -35,15 +35,13 @@ REFUSED = [
     (["--online.warmup-steps", "100"], "warmup_steps"),
     (["--evaluation.every-offline", "-1"], "every_offline"),
     (["--env.max-episode-steps", "0"], "max_episode_steps"),
-]
-NOT_YET = [
     (["--env.kwargs", "speed", "3"], "speed"),
 ]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [*REFUSED, *(pytest.param(*case, marks=pytest.mark.xfail(strict=True)) for case in NOT_YET)],
+    REFUSED,
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_train_refuses(command, prior, tmp_path, words, said):

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from steelyard.bench.rows import find_runs, read_run
-from steelyard.errors import ConfigError, SteelyardError
+from steelyard.errors import ConfigError, MissingExtraError, SteelyardError
 from steelyard.report.html import write_report
 from steelyard.report.numbers import summarize
 from steelyard.report.summary import terminal_table
@@ -51,7 +51,10 @@ def show(folder: Path) -> None:
     rows = (json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines())
     scores = [row["score"] for row in rows]
     if scores and None not in scores:
-        report(ReportArguments((folder,)))
+        try:
+            report(ReportArguments((folder,)))
+        except MissingExtraError as error:  # the run itself is fine
+            print(f"no report page: {error}", file=sys.stderr)
     else:
         reason = "no success rule and no --evaluation.score-range" if scores else "no environment to evaluate in"
         Console().print(f"run: {folder} (no report: {reason})", markup=False, highlight=False, soft_wrap=True)
@@ -67,7 +70,7 @@ def report(arguments: ReportArguments) -> None:
     summary = summarize([read_run(path) for path in paths], arguments.reference)
     names = [f"{recipe.recipe} ({', '.join(case.label for case in recipe.cases)})" for recipe in summary.recipes]
     title = arguments.title if arguments.title is not None else "; ".join(names)
-    page = write_report(paths, arguments.out or arguments.runs[0], title, reference=arguments.reference)
     console = Console()
     console.print(terminal_table(summary))
+    page = write_report(paths, arguments.out or arguments.runs[0], title, reference=arguments.reference)
     console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)

@@ -113,7 +113,7 @@ class Spec(Config):
 def _array_difference(what: str, a: ArraySpec, b: ArraySpec) -> list[str]:
     lines = []
     if a.shape != b.shape:
-        lines.append(f"{what}: shape {a.shape} here, {b.shape} there")
+        return [f"{what}: shape {a.shape} here, {b.shape} there"]
     if (np.dtype(a.dtype).kind in "iub") != (np.dtype(b.dtype).kind in "iub"):
         lines.append(f"{what}: type {a.dtype} here, {b.dtype} there")
     for bound in ("low", "high"):

@@ -117,7 +117,7 @@ def make(config: EnvConfig, **kwargs: Any) -> Env:
     except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as error:
         raise ConfigError(f"environment {config.id!r} cannot be made: {error}") from None
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if not any(words in str(error) for words in ("unexpected keyword argument", "takes no arguments")):
             raise
         raise ConfigError(f"environment {config.id!r} does not take all of {sorted(options)}: {error!s:.120}") from None
     if config.pin_goal:

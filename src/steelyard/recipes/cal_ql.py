@@ -199,7 +199,7 @@ PRESETS = {
             loop=LoopConfig(log_every=250, checkpoint_every=1_250),
         ),
         seeds=(10, 11, 12),  # 0 and 1 served to choose the settings
-        expectile=0.9,
+        expectile=0.7,
         inverse_temperature=10.0,
     ),
     # The same maze at the simulator's own rate, twice the width, ten seeds: an hour or two on two cores.
@@ -225,7 +225,7 @@ PRESETS = {
             evaluation=EvaluationConfig(every_offline=5_000, every_online=1_000, episodes=20),
         ),
         seeds=tuple(range(10, 20)),
-        expectile=0.9,
+        expectile=0.7,
         inverse_temperature=10.0,
     ),
     # The authors' AntMaze settings (networks, multiplier, rewards, steps); bring the data with --data and --env.

@@ -1,0 +1,36 @@
+"""Draw the README's picture from run directories: python docs/images/make.py RUNS docs/images/cal_ql_tiny.png."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from steelyard.bench.rows import find_runs, read_run
+from steelyard.report.numbers import summarize
+
+COLOURS = {"cal_ql": "#0072b2", "cql": "#d55e00", "iql": "#009e73"}
+
+
+def main(runs: str, out: str) -> None:
+    """Plot mean success against offline updates (left) and online environment steps (right)."""
+    recipe = summarize([read_run(path) for path in find_runs(Path(runs))]).recipes[0]
+    figure = Figure(figsize=(8, 3), dpi=160, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=[1, 2.4])
+    for axis, phase, label in zip(axes, ("offline", "online"), ("offline updates", "online steps"), strict=True):
+        for case in recipe.cases:
+            curve, colour = case.curves[phase], COLOURS[case.case]
+            axis.plot(curve.step, curve.runs.mean(0), color=colour, linewidth=2, label=case.label)
+            axis.fill_between(curve.step, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_xlabel(label)
+        axis.set_ylim(-0.04, 1.04)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    axes[0].set_ylabel("success")
+    axes[1].legend(frameon=False, loc="center right")
+    figure.savefig(out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
