@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steelyard.data.batch import TransitionBatch
+from steelyard.data.episode import ArraySpec
 from steelyard.data.normalize import Normalizer
 from steelyard.data.returns import RewardConfig, returns_to_go
 from steelyard.data.sampler import Indices, Sampler, uniform_indices
@@ -93,6 +94,17 @@ class OfflineSource:
 
         normalizer = Normalizer.fit(chunks())
         return DataStatistics(normalizer.mean, normalizer.scale, float(self.returns_to_go.mean(dtype=np.float64)))
+
+    def share_outside(self, bounds: ArraySpec) -> float:
+        """Return the share of action values that lie beyond the bounds of `bounds` by more than rounding."""
+        low, high = (np.reshape(np.asarray(x, np.float32), bounds.shape) for x in (bounds.low, bounds.high))
+        outside = total = 0
+        for start in range(0, self.store.num_steps, CHUNK):
+            rows = np.arange(start, min(start + CHUNK, self.store.num_steps))
+            actions = self.store.gather(rows).actions.astype(np.float32)
+            outside += int(((actions < low - 1e-5) | (actions > high + 1e-5)).sum())
+            total += actions.size
+        return outside / total
 
     def _flat(self, observations: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         return concatenated({key: observations[key] for key in self.spec.observations})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,11 @@ def start(config: ControlRun, run_dir: str | Path, case: Case | None = None, qui
     parts = _Parts(config)  # whatever is wrong with data or environment shows before a directory is made
     _load_initial(config, parts)
     begin(run, config, case or Case(), parts.data_hash)
+    if parts.offline is not None and (share := parts.offline.share_outside(parts.spec.actions)) > 0:
+        sentence = f"{share:.2%} of the data's action values lie outside the action bounds and are clipped to them"
+        run.event(sentence)
+        if not quiet:
+            print(f"{config.data.path}: {sentence}", file=sys.stderr)
     return carry_out(run, lambda: _phases(config, run, parts, None, quiet))
 
 
