@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 import steelyard
-from steelyard.config import Config, config_hash, diff, flatten, from_json, read_config, to_json
+from steelyard.config import Config, config_hash, diff, flatten, from_json, plain, read_config, to_json
 from steelyard.data.episode import ArraySpec, Spec
 from steelyard.envs.gym import EnvConfig
 from steelyard.errors import ConfigError
@@ -138,12 +138,12 @@ def test_a_file_that_is_absent(tmp_path):
 
 def test_hash():
     run = ControlRun(env=ENV)
-    plain = json.loads(to_json(run))
+    values = json.loads(to_json(run))
 
     def backwards(value):
         return {k: backwards(value[k]) for k in reversed(value)} if isinstance(value, dict) else value
 
-    assert config_hash(from_json(ControlRun, json.dumps(backwards(plain)))) == config_hash(run)
+    assert config_hash(from_json(ControlRun, json.dumps(backwards(values)))) == config_hash(run)
     assert config_hash(replace(run, seed=1)) != config_hash(run)
     assert config_hash(replace(run, objective=CQLConfig())) != config_hash(run)
     assert len(config_hash(run)) == 16
@@ -151,10 +151,13 @@ def test_hash():
 
 
 def test_flatten_and_diff():
-    left, right = ControlRun(), ControlRun(seed=4, objective=IQLConfig(expectile=0.5), env=EnvConfig("X-v0"))
+    left, right = (
+        plain(ControlRun()),
+        plain(ControlRun(seed=4, objective=IQLConfig(expectile=0.5), env=EnvConfig("X-v0"))),
+    )
     flat = flatten(left)
     assert flat["loop.log_every"] == 500
-    assert not any(dataclasses.is_dataclass(value) for value in flat.values())
+    assert not any(isinstance(value, dict) for value in flat.values())
     found = diff(left, right)
     assert found["seed"] == (0, 4)
     assert found["objective.kind"] == ("cal_ql", "iql")

@@ -6,18 +6,16 @@ action = policy(observation)                  # numpy in, numpy out
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pydantic
 import safetensors.torch
 import torch
 
-from steelyard.config import Config, from_json, to_json
+from steelyard.config import Config, from_json
 from steelyard.data.batch import TransitionBatch
 from steelyard.data.episode import Spec
 from steelyard.envs.gym import EnvConfig
@@ -41,11 +39,6 @@ class ControlArtefact(Config):
     """Environment it was trained for, if any."""
     format: Literal["steelyard-control-1"] = "steelyard-control-1"
     """Version of this layout."""
-
-    def plain(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        result: dict[str, Any] = json.loads(to_json(self))
-        return result
 
 
 def find(path: str | Path, which: Literal["last", "best"] = "last") -> Path:
@@ -151,9 +144,3 @@ class LoadedPolicy:
 def load(path: str | Path, which: Literal["last", "best"] = "last") -> LoadedPolicy:
     """Load a policy from a run directory, a checkpoint or its pretrained/ directory."""
     return LoadedPolicy(*load_learner(path, which))
-
-
-def plain_spec(spec: Spec) -> dict[str, Any]:
-    """Return a spec as plain JSON."""
-    result: dict[str, Any] = pydantic.TypeAdapter(Spec).dump_python(spec, mode="json")
-    return result

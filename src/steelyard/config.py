@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -98,19 +99,21 @@ def config_hash(config: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: value} of a config, for tables and differences."""
+def plain(config: Any) -> dict[str, Any]:
+    """Return a config as plain JSON values."""
+    result: dict[str, Any] = json.loads(to_json(config))
+    return result
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested plain JSON, for tables and differences."""
     flat: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{field.name}.")
-        else:
-            flat[prefix + field.name] = value
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
 
-def diff(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
+def diff(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return {dotted key: (left, right)} for every key whose values differ; a missing key shows as None."""
     a, b = flatten(left), flatten(right)
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}

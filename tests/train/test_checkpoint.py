@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from steelyard import artefact
+from steelyard.config import plain
 from steelyard.data.store import Store
 from steelyard.errors import CheckpointError, DataError
 from steelyard.objectives import build_learner
@@ -337,7 +338,7 @@ def policy_folder(tmp_path_factory):
     statistics = DataStatistics(torch.zeros(2), torch.ones(2), 0.0)
     learner = build_learner(spec, OBJECTIVES["iql"], statistics, torch_generator(0, "initial weights"))
     parts = content(5) | {
-        "config": artefact.ControlArtefact(OBJECTIVES["iql"], spec, POINT).plain(),
+        "config": plain(artefact.ControlArtefact(OBJECTIVES["iql"], spec, POINT)),
         "model": learner.state_dict(),
         "optimizers": Optimizers(learner, OptimConfig()).state_tensors(),
     }

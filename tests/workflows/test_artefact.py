@@ -13,6 +13,7 @@ import torch
 
 import steelyard
 from steelyard.artefact import ControlArtefact, find, load, load_learner
+from steelyard.config import plain
 from steelyard.data.batch import TransitionBatch
 from steelyard.data.episode import ArraySpec, Episode, Spec
 from steelyard.data.store import Store
@@ -214,7 +215,7 @@ def test_weights_of_another_config_are_refused(tmp_path, data):
     path = checkpoint.save(
         tmp_path,
         1,
-        config=ControlArtefact(OBJECTIVES["iql"], spec).plain(),
+        config=plain(ControlArtefact(OBJECTIVES["iql"], spec)),
         model=learner.state_dict(),
         optimizers={},
         source={},

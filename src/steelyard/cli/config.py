@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from steelyard.config import to_json
+from steelyard.config import diff, plain
 from steelyard.errors import ConfigError
 from steelyard.objectives import OBJECTIVES
 from steelyard.recipes import RECIPES
@@ -46,43 +46,29 @@ def read(what: str) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():
         try:
-            plain = json.loads(file.read_text())
+            found = json.loads(file.read_text())
         except ValueError as error:
             raise ConfigError(f"{file}: not JSON: {error}") from None
-        if not isinstance(plain, dict):
-            raise ConfigError(f"{file}: expected a JSON object, found {type(plain).__name__}")
-        return plain
+        if not isinstance(found, dict):
+            raise ConfigError(f"{file}: expected a JSON object, found {type(found).__name__}")
+        return found
     name, _, size = what.partition("/")
     if name in RECIPES:
         presets = importlib.import_module(f"steelyard.recipes.{name}").PRESETS
         if (size or "tiny") in presets:
-            return _plain(presets[size or "tiny"])
+            return plain(presets[size or "tiny"])
         raise ConfigError(f"recipe {name!r} has no preset {size!r}; there are: {', '.join(presets)}")
     if what in OBJECTIVES:
-        return _plain(ControlRun(objective=OBJECTIVES[what]()))
+        return plain(ControlRun(objective=OBJECTIVES[what]()))
     if what == "sft":
-        return _plain(LanguageRun())
+        return plain(LanguageRun())
     known = [*(f"{recipe}/SIZE" for recipe in RECIPES), *OBJECTIVES, "sft"]
     raise ConfigError(f"{what!r} is neither a file, a run directory nor one of {', '.join(known)}")
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(to_json(config))
-    return plain
-
-
 def _print_difference(left: str, right: str) -> None:
-    a, b = _flat(read(left)), _flat(read(right))
     table = Table("key", left, right)
-    for key in sorted(a.keys() | b.keys()):
-        if a.get(key) != b.get(key):
-            table.add_row(key, json.dumps(a.get(key)), json.dumps(b.get(key)))
+    for key, (a, b) in diff(read(left), read(right)).items():
+        table.add_row(key, json.dumps(a), json.dumps(b))
     console = Console()
     console.print(table if table.row_count else "no difference")
-
-
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in plain.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

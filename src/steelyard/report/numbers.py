@@ -14,6 +14,7 @@ import numpy as np
 from steelyard.bench import stats
 from steelyard.bench.rows import Floats, Ints, Phase, Run, group_runs, paired
 from steelyard.bench.stats import Estimate
+from steelyard.config import diff
 from steelyard.errors import DataError
 from steelyard.rng import numpy_generator
 
@@ -385,18 +386,6 @@ def _aggregates(recipes: tuple[RecipeSummary, ...]) -> tuple[Aggregate, ...]:
     return tuple(rows)
 
 
-def flatten(config: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """Return {dotted key: value} of nested plain JSON."""
-    flat: dict[str, object] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def config_difference(left: Run, right: Run) -> list[str]:
     """Return the dotted keys, other than the seed, in which the configs of two runs differ."""
-    a, b = flatten(left.config), flatten(right.config)
-    return [key for key in sorted(a.keys() | b.keys()) if key != "seed" and a.get(key, ...) != b.get(key, ...)]
+    return [key for key in diff(left.config, right.config) if key != "seed"]

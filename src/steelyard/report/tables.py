@@ -11,7 +11,7 @@ from typing import Any
 
 from steelyard.bench.rows import Run
 from steelyard.bench.stats import Estimate, number
-from steelyard.config import Config, from_json
+from steelyard.config import Config, flatten, from_json
 from steelyard.errors import ConfigError
 from steelyard.report.numbers import (
     QUANTITIES,
@@ -19,7 +19,6 @@ from steelyard.report.numbers import (
     RecipeSummary,
     Summary,
     config_difference,
-    flatten,
 )
 
 Cell = str | Estimate

@@ -19,7 +19,7 @@ import torch
 from steelyard import runtime
 from steelyard.artefact import ControlArtefact, find, load_learner
 from steelyard.bench.evaluate import Act, evaluate, mean_score, play, score_of
-from steelyard.config import Config, require_positive, require_range
+from steelyard.config import Config, plain, require_positive, require_range
 from steelyard.data.episode import Spec
 from steelyard.data.formats import open_dataset
 from steelyard.data.replay import ReplayBuffer
@@ -211,7 +211,7 @@ def _phases(config: ControlRun, run: RunDir, parts: _Parts, found: checkpoint.Ch
         checkpoint.load_into(learner, found.model, str(found.path))
         optimizers.load_state_tensors(found.optimizers)
         first = found.step
-    artefact = ControlArtefact(config.objective, parts.spec, config.env).plain()
+    artefact = plain(ControlArtefact(config.objective, parts.spec, config.env))
     examiner = _Examiner(config, run, learner, parts.offline)
     evaluation, online = config.evaluation, config.online
 

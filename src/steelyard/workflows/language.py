@@ -13,7 +13,7 @@ from pathlib import Path
 
 from steelyard import runtime
 from steelyard.bench.evaluate import mean_score
-from steelyard.config import Config, require_positive, require_range, to_json
+from steelyard.config import Config, plain, require_positive, require_range
 from steelyard.data.text import TextSource
 from steelyard.errors import ConfigError
 from steelyard.objectives.sft import SFT, SFTConfig
@@ -63,8 +63,8 @@ def is_language_run(run_dir: str | Path) -> bool:
     file = Path(run_dir) / "config.json"
     if not file.is_file():
         return False
-    plain = json.loads(file.read_text())
-    return bool(plain.get("objective", {}).get("kind") == "sft")
+    found = json.loads(file.read_text())
+    return bool(found.get("objective", {}).get("kind") == "sft")
 
 
 def start(config: LanguageRun, run_dir: str | Path, case: Case | None = None, quiet: bool = False) -> Path:
@@ -120,7 +120,7 @@ def _train(
         run,
         seed=config.seed,
         start=found.step if found else 0,
-        artefact={"format": "steelyard-language-1", "objective": json.loads(to_json(config.objective))},
+        artefact={"format": "steelyard-language-1", "objective": plain(config.objective)},
         evaluate=evaluate,
         quiet=quiet,
         label=f"sft seed {config.seed}",
