@@ -71,8 +71,8 @@ def _products(sizes: tuple[int, ...]) -> int:
 
 SMALL, CORL_ACTOR = (256, 256), (256, 256, 256)
 OURS = "steelyard"
-AGAINST_D3RLPY = (OURS, "steelyard, kept memory", "d3rlpy", "d3rlpy, our settings")
-AGAINST_CORL = (OURS, "steelyard, kept memory", "CORL", "CORL, our settings")
+AGAINST_D3RLPY = (OURS, "d3rlpy", "d3rlpy, our settings")
+AGAINST_CORL = (OURS, "CORL", "CORL, our settings")
 TASKS = (
     Task("cal_ql 256x2", "cal_ql", SMALL, SMALL, (*AGAINST_D3RLPY, "steelyard bf16")),
     Task("cql 256x2", "cql", SMALL, SMALL, AGAINST_D3RLPY),
@@ -227,7 +227,7 @@ def run_task(task: Task, threads: int, options: argparse.Namespace, report: Repo
             }
         )
     for own, other in itertools.permutations(running, 2):
-        if own.name in (OURS, "steelyard, kept memory"):
+        if own.name == OURS:
             report.ratios.append({"task": task.name, "threads": threads, **ratio(own, other)})
 
 
@@ -291,11 +291,10 @@ def table(report: Report) -> str:
         left += f"{row['ms']:>9.1f}{row['ms_least']:>9.1f}{row['cpu_ms']:>9.1f}{row['updates_per_second']:>8.2f}"
         lines.append(left + f"{row['gflops']:>9.1f}{row['share_of_float32_peak']:>9.0%}")
     left = f"{'speed-up of':<27}{'thr':>4}  {'against':<24}"
-    for own in (OURS, "steelyard, kept memory"):
-        lines += ["", f"{own}:", left + f"{'wall':>9}{'least':>9}{'most':>8}{'CPU':>9}"]
-        for ratio in (ratio for ratio in report.ratios if ratio["contender"] == own):
-            left_row = f"{ratio['task']:<27}{ratio['threads']:>4}  {ratio['against']:<24}{ratio['speedup']:>9.2f}"
-            lines.append(left_row + f"{ratio['least']:>9.2f}{ratio['greatest']:>8.2f}{ratio['speedup_cpu_time']:>9.2f}")
+    lines += ["", f"{OURS}:", left + f"{'wall':>9}{'least':>9}{'most':>8}{'CPU':>9}"]
+    for ratio in report.ratios:
+        left_row = f"{ratio['task']:<27}{ratio['threads']:>4}  {ratio['against']:<24}{ratio['speedup']:>9.2f}"
+        lines.append(left_row + f"{ratio['least']:>9.2f}{ratio['greatest']:>8.2f}{ratio['speedup_cpu_time']:>9.2f}")
     for error in report.autocast:
         lines.append(
             f"\nbf16 autocast, {error['threads']} thread(s): relative error of the critic's gradient "
