@@ -1,5 +1,9 @@
 """The Gymnasium seam: specs, ends of episodes, exact resume, and errors that name their cause."""
 
+import os
+import subprocess
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -332,10 +336,20 @@ def test_goal_of_an_ant_maze_can_be_pinned():
 
 
 @pytest.mark.sim
+def test_a_setting_that_mujoco_cannot_load_with_is_one_sentence():
+    code = "from steelyard.envs.gym import EnvConfig, make; make(EnvConfig('PointMaze_UMaze-v3'))"
+    work = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"MUJOCO_GL": "nothing"}, capture_output=True, text=True
+    )
+    assert "SteelyardError: MuJoCo cannot be loaded with MUJOCO_GL=nothing" in work.stderr
+
+
+@pytest.mark.sim
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the viewer's own destructor
 def test_render(monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "nothing")
     config = point_maze_env("UMaze", max_episode_steps=4)
+    make(config).close()  # loads mujoco, which reads the setting once
+    monkeypatch.setenv("MUJOCO_GL", "nothing")
 
     def still(observations):
         return np.zeros((len(observations), 2))

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,11 +102,11 @@ def make(config: EnvConfig, **kwargs: Any) -> Env:
         ConfigError: the id is unknown (near ids are named), or a maze option does not fit the environment.
         MissingExtraError: the id belongs to a simulator that is not installed.
     """
-    _register(config.id)
     options: dict[str, Any] = {**config.kwargs, **kwargs}
     if config.max_episode_steps is not None:
         options["max_episode_steps"] = config.max_episode_steps
     try:
+        _register(config.id)
         # the checker repeats, slowly and with warnings, what VectorEnv checks
         env: Env = gymnasium.make(config.id, disable_env_checker=True, **options)
     except gymnasium.error.DependencyNotInstalled:
@@ -120,6 +121,13 @@ def make(config: EnvConfig, **kwargs: Any) -> Env:
         if not any(words in str(error) for words in ("unexpected keyword argument", "takes no arguments")):
             raise
         raise ConfigError(f"environment {config.id!r} does not take all of {sorted(options)}: {error!s:.120}") from None
+    except (AttributeError, ImportError, RuntimeError) as error:
+        if "mujoco" in sys.modules or "MUJOCO_GL" not in os.environ:
+            raise
+        raise SteelyardError(
+            f"MuJoCo cannot be loaded with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}); unset it, or set it to egl, "
+            "osmesa or glfw, whichever OpenGL is installed"
+        ) from None
     if config.pin_goal:
         env = _PinnedGoal(env, config)
     if config.binary_reward:
@@ -391,9 +399,11 @@ def render_episode(
     Raises:
         SteelyardError: the environment cannot be drawn here, e.g. without OpenGL.
     """
-    os.environ.setdefault("MUJOCO_GL", "egl")
     vector = VectorEnv(config, 1, seed, stream, render_mode="rgb_array", **kwargs)
     env = vector.envs[0]
+    # only now, with mujoco imported, and not for long: without EGL an import under this setting fails
+    chosen = "MUJOCO_GL" in os.environ
+    os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         observations = vector.reset_all()
         _draw_fast(env)
@@ -405,6 +415,8 @@ def render_episode(
         return frames
     finally:
         vector.close()
+        if not chosen:
+            del os.environ["MUJOCO_GL"]
 
 
 class _PinnedGoal(gymnasium.Wrapper[Any, Any, Any, Any]):
