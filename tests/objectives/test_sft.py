@@ -75,7 +75,7 @@ def test_golden_bigram() -> None:
     assert metrics["loss/accuracy"].item() == 0.5  # the likeliest are 0, 2; 2, 2
     assert metrics["data/scored_tokens"].item() == 4
     expected = torch.tensor([-1.386294 - 0.287682, -0.693147 - 1.203973])
-    torch.testing.assert_close(learner.score(GOLDEN.tokens, GOLDEN.scored_mask), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(learner.score(GOLDEN), expected, rtol=0, atol=1e-5)
 
 
 def test_golden_transformer_with_weights_set_by_hand() -> None:
@@ -118,7 +118,7 @@ def test_loss_is_the_mean_over_scored_tokens(rows: int, length: int, seed: int) 
         loss, metrics = LEARNER.loss_sft(batch, GENERATOR)
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
     assert metrics["data/scored_tokens"].item() == count
-    assert -LEARNER.score(batch.tokens, batch.scored_mask).sum().item() == pytest.approx(total, rel=1e-5)
+    assert -LEARNER.score(batch).sum().item() == pytest.approx(total, rel=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -135,8 +135,10 @@ def test_padding_and_batch_order_change_nothing(rows: int, length: int, padding:
     with torch.no_grad():
         plain, changed = LEARNER.loss_sft(batch, GENERATOR)[0], LEARNER.loss_sft(padded, GENERATOR)[0]
     torch.testing.assert_close(plain, changed, rtol=1e-5, atol=1e-6)
-    one_by_one = torch.cat([LEARNER.score(t[None], m[None]) for t, m in zip(*padded.tensors().values(), strict=True)])
-    together = LEARNER.score(batch.tokens, batch.scored_mask)
+    one_by_one = torch.cat(
+        [LEARNER.score(TokenBatch(t[None], m[None])) for t, m in zip(*padded.tensors().values(), strict=True)]
+    )
+    together = LEARNER.score(batch)
     torch.testing.assert_close(together[order], one_by_one, rtol=1e-5, atol=1e-5)
 
 
@@ -184,7 +186,7 @@ def test_evaluation_weighs_tokens_equally_and_counts_bytes() -> None:
         completion_batch([("", "a longer row of targets")], ByteTokenizer()),
     ]
     metrics = learner.evaluate(batches)
-    nll_sum = -sum(learner.score(batch.tokens, batch.scored_mask).sum().item() for batch in batches)
+    nll_sum = -sum(learner.score(batch).sum().item() for batch in batches)
     scored, num_bytes = 2 + 3 + 24, 1 + 2 + 23  # each completion and its EOS; the bytes alone
     assert metrics["eval/nll"] == pytest.approx(nll_sum / scored, rel=1e-5)
     assert metrics["eval/perplexity"] == pytest.approx(math.exp(nll_sum / scored), rel=1e-4)

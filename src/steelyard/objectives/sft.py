@@ -98,14 +98,12 @@ class SFT(Learner):
         return -token_logps(logits, targets) * scored, correct * scored, scored
 
     @torch.no_grad()
-    def score(self, tokens: Tensor, scored_mask: Tensor) -> Tensor:
+    def score(self, batch: TokenBatch) -> Tensor:
         """Return logps float32 [B], the log-likelihood of each row's scored tokens, summed.
 
-        Args:
-            tokens: int64 [B, L].
-            scored_mask: [B, L]; 1 where the token counts. What follows the last scored token changes nothing.
+        What follows the last scored token changes nothing.
         """
-        nll, _, _ = self._nll_and_correct(TokenBatch(tokens, scored_mask))
+        nll, _, _ = self._nll_and_correct(batch)
         return -nll.sum(dim=1)
 
     def sample(
@@ -156,7 +154,7 @@ class SFT(Learner):
         uniform = math.log(self.config.transformer.vocab_size)
         device = next(self.parameters()).device
         for batch in batches:
-            logps = self.score(batch.tokens.to(device), batch.scored_mask.to(device)).tolist()
+            logps = self.score(batch.to(device)).tolist()
             lengths = batch.scored_mask[:, 1:].sum(dim=1).int().tolist()
             for total, length in zip(logps, lengths, strict=True):
                 if length:
