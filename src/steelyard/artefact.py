@@ -6,7 +6,7 @@ action = policy(observation)                  # numpy in, numpy out
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from steelyard.train import checkpoint
 class ControlArtefact(Config):
     """pretrained/config.json of a control learner."""
 
-    objective: ControlConfig = field(metadata={"help": "objective"})
+    objective: ControlConfig
     """What was learned, and how."""
     spec: Spec
     """Observations (in the order of concatenation) and actions, with bounds."""

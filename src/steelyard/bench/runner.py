@@ -13,6 +13,7 @@ from steelyard.config import read_config, to_json
 from steelyard.errors import ConfigError, SteelyardError
 from steelyard.train.loop import Interrupted
 from steelyard.train.progress import ProgressLine
+from steelyard.train.rundir import RunDir
 from steelyard.workflows import control
 from steelyard.workflows.common import Case
 
@@ -44,7 +45,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, label: str) -> list[Path]:
     """
     for job in jobs:
         _require_same(job)
-    todo = [job for job in jobs if _status(job.folder) not in ("done", "failed")]
+    todo = [job for job in jobs if RunDir(job.folder).read_status() not in ("done", "failed")]
     if not todo:
         return [job.folder for job in jobs]
     total = sum(job.updates for job in jobs)
@@ -58,7 +59,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, label: str) -> list[Path]:
                     failure = future.result()
                     if failure is not None:
                         progress.console.print(f"failed: {failure}", markup=False)
-                finished = sum(_status(job.folder) in ("done", "failed") for job in jobs)
+                finished = sum(RunDir(job.folder).read_status() in ("done", "failed") for job in jobs)
                 progress.advance_to(_updates_done(jobs), f"{finished} of {len(jobs)} runs finished")
         except (KeyboardInterrupt, Interrupted):
             for future in waiting:
@@ -70,12 +71,12 @@ def run_jobs(jobs: Sequence[Job], workers: int, label: str) -> list[Path]:
 def _work(job: Job) -> str | None:
     """Start or resume one job; return the sentence of a failure."""
     try:
-        if _status(job.folder) is None:
+        if RunDir(job.folder).read_status() is None:
             control.start(job.config, job.folder, job.case, quiet=True)
         else:
             control.resume(job.folder, quiet=True)
     except SteelyardError as error:
-        if _status(job.folder) == "failed":
+        if RunDir(job.folder).read_status() == "failed":
             return f"{job.folder}: {error}"  # a run that failed is a result; one that could not begin is not
         raise
     return None
@@ -85,11 +86,6 @@ def _require_same(job: Job) -> None:
     file = job.folder / "config.json"
     if file.is_file() and to_json(read_config(control.ControlRun, file)) != to_json(job.config):
         raise ConfigError(f"{job.folder}: holds a run with another config; choose another --out or remove it")
-
-
-def _status(folder: Path) -> str | None:
-    file = folder / "status.json"
-    return json.loads(file.read_text())["status"] if file.is_file() else None
 
 
 def _updates_done(jobs: Sequence[Job]) -> int:

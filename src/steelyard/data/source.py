@@ -68,7 +68,11 @@ class OfflineSource:
         """Return the batch of update `step`: a pure function of (seed, step)."""
         if self._sampler is not None:
             return self.gather(self._sampler.indices(step))
-        return self.gather(uniform_indices(self.store.num_steps, self.batch_size, self.seed, "batch/offline", step))
+        return self.sample(self.batch_size, step)
+
+    def sample(self, count: int, step: int) -> TransitionBatch:
+        """Return `count` transitions drawn uniformly for update `step`."""
+        return self.gather(uniform_indices(self.store.num_steps, count, self.seed, "batch/offline", step))
 
     def gather(self, indices: Indices) -> TransitionBatch:
         """Return the transitions at `indices` [B]."""

@@ -174,12 +174,13 @@ def fit(
                 look(done)
             if ends or done % config.log_every == 0:
                 progress.advance_to(done, note)
-            if ends or done % config.checkpoint_every == 0 or interrupt.asked:
+            saves = ends or done % config.checkpoint_every == 0 or interrupt.asked
+            if saves:
                 save(done)
             score = None
             if ends or done % config.log_every == 0:
                 clock, clock_step = time.perf_counter(), done  # rates exclude evaluation and checkpoints
-            if interrupt.asked:
+            if saves and interrupt.asked:  # a ctrl-C since then waits for the next update's checkpoint
                 break
         if interrupt.asked:
             raise Interrupted

@@ -101,8 +101,7 @@ class OnlineSource:
         counts = mixture_counts(weights, self.batch_size, done)
         parts = []
         if counts[0] and self.offline is not None:
-            rows = uniform_indices(self.offline.store.num_steps, int(counts[0]), self.seed, "batch/offline", step)
-            prior = self.offline.gather(rows)
+            prior = self.offline.sample(int(counts[0]), step)
             parts.append(prior if self.buffer.n_step is None else prior.with_whole_returns())
         if counts[1]:
             rows = uniform_indices(len(self.buffer), int(counts[1]), self.seed, "batch/online", step)

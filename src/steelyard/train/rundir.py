@@ -67,6 +67,11 @@ class RunDir:
         """Write status.json."""
         self.write_json("status.json", {"status": status, "message": message})
 
+    def read_status(self) -> str | None:
+        """Return the word in status.json, or None before the run has begun."""
+        file = self.path / "status.json"
+        return str(json.loads(file.read_text())["status"]) if file.is_file() else None
+
     def log_sizes(self) -> dict[str, int]:
         """Return the length of each log in bytes, for the checkpoint."""
         return {name: (self.path / name).stat().st_size for name in LOGS}

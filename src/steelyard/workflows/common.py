@@ -58,12 +58,6 @@ def read_run_config(run: RunDir, cls: type[ConfigT]) -> ConfigT:
     return config
 
 
-def is_done(run: RunDir) -> bool:
-    """Return whether the run came to its end."""
-    status: str = json.loads((run.path / "status.json").read_text())["status"]
-    return status == "done"
-
-
 def rewind(run: RunDir, data: str | None, data_hash: str | None) -> checkpoint.Checkpoint | None:
     """Load the last checkpoint (None if there is none yet) and cut the logs back to what it had seen.
 

@@ -37,7 +37,7 @@ from steelyard.train.loop import LoopConfig, Stage, fit
 from steelyard.train.online import OnlineConfig, OnlineSource
 from steelyard.train.optim import OptimConfig, Optimizers
 from steelyard.train.rundir import RunDir
-from steelyard.workflows.common import Case, begin, carry_out, is_done, read_run_config, rewind
+from steelyard.workflows.common import Case, begin, carry_out, read_run_config, rewind
 
 CALIBRATION_SAMPLES = 512
 
@@ -143,7 +143,7 @@ def resume(run_dir: str | Path, quiet: bool = False) -> Path:
     """
     run = RunDir(run_dir)
     config = read_run_config(run, ControlRun)
-    if is_done(run):
+    if run.read_status() == "done":
         return run.path
     parts = _Parts(config)
     found = rewind(run, config.data.path, parts.data_hash)

@@ -22,7 +22,7 @@ from steelyard.train import checkpoint
 from steelyard.train.loop import LoopConfig, Stage, fit
 from steelyard.train.optim import OptimConfig, Optimizers
 from steelyard.train.rundir import RunDir
-from steelyard.workflows.common import Case, begin, carry_out, is_done, read_run_config, rewind
+from steelyard.workflows.common import Case, begin, carry_out, read_run_config, rewind
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def resume(run_dir: str | Path, quiet: bool = False) -> Path:
     """Continue a stopped run exactly. Return its directory."""
     run = RunDir(run_dir)
     config = read_run_config(run, LanguageRun)
-    if is_done(run):
+    if run.read_status() == "done":
         return run.path
     source = _source(config)
     found = rewind(run, config.path, source.content_hash)
