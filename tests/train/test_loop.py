@@ -379,7 +379,7 @@ def steps_taken(config, scale=1.0):
     optimizers = Optimizers(learner, config)
     adam = optimizers.adams["slope"]
     original = adam.step
-    adam.step = lambda: (seen.append(learner.slope.grad.clone()), original())[1]
+    adam.step = lambda gradients: (seen.append(gradients[0].clone()), original(gradients))[1]
     loss = scale * (learner.slope * torch.tensor([3.0, 4.0, 0.0])).sum()
     norm = optimizers.step(Phase(("fit",), ("slope",)), loss)
     return seen[0], float(norm)

@@ -23,6 +23,10 @@ class Batch:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
+    def part(self, number: int, parts: int) -> Self:
+        """Return part `number` of `parts`: the rows number, number + parts, ..."""
+        return dataclasses.replace(self, **{name: value[number::parts] for name, value in self.tensors().items()})
+
     def __len__(self) -> int:
         """Return the number of rows B."""
         return len(next(iter(self.tensors().values())))

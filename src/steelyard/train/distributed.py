@@ -16,7 +16,6 @@ every function here is the identity for one process.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -110,11 +109,7 @@ def shards_of(shards: int, batch_size: int, begun: bool = False) -> int:
 
 def parts(batch: Any, shards: int) -> list[tuple[int, Any]]:
     """Return (number, part) of this process's parts of a batch."""
-    columns = batch.tensors()
-    return [
-        (part, dataclasses.replace(batch, **{name: column[part::shards] for name, column in columns.items()}))
-        for part in range(rank(), shards, world())
-    ]
+    return [(part, batch.part(part, shards)) for part in range(rank(), shards, world())]
 
 
 def add_up(buffer: Tensor) -> Tensor:

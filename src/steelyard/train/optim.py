@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from steelyard.config import Config, require_positive, require_range
-from steelyard.objectives.base import Learner, Phase
+from steelyard.objectives.base import Group, Learner, Phase
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,51 @@ class OptimConfig(Config):
         require_range(self, 0, 1, "betas")
 
 
+class Adam:
+    """AdamW of one group, through torch's functional form: an update of a small network is mostly overhead.
+
+    Args:
+        group: what is stepped.
+        config: decay rates and epsilon.
+    """
+
+    STATE = ("step", "exp_avg", "exp_avg_sq")
+
+    def __init__(self, group: Group, config: OptimConfig) -> None:
+        self.group, self.config = group, config
+        self.parameters = list(group.parameters)
+        zeros = {"step": [torch.zeros((), device=p.device) for p in self.parameters]}
+        zeros |= {name: [torch.zeros_like(p) for p in self.parameters] for name in self.STATE[1:]}
+        self.state: dict[str, list[Tensor]] = zeros
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor]) -> None:
+        """Change the parameters, in place."""
+        beta1, beta2 = self.config.betas
+        adamw(
+            self.parameters,  # type: ignore[arg-type]
+            gradients,
+            self.state["exp_avg"],
+            self.state["exp_avg_sq"],
+            [],
+            self.state["step"],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=self.group.learning_rate,
+            weight_decay=self.group.weight_decay,
+            eps=self.config.eps,
+            maximize=False,
+        )
+
+
 class Optimizers:
     """The optimisers of all groups of a learner."""
 
     def __init__(self, learner: Learner, config: OptimConfig) -> None:
         self.config = config
-        self.groups = learner.groups
-        self.adams = {
-            name: torch.optim.AdamW(
-                group.parameters,
-                lr=group.learning_rate,
-                betas=config.betas,
-                eps=config.eps,
-                weight_decay=group.weight_decay,
-                fused=True,
-            )
-            for name, group in learner.groups.items()
-        }
+        self.adams = {name: Adam(group, config) for name, group in learner.groups.items()}
 
     def step(self, phase: Phase, loss: Tensor) -> Tensor:
         """Differentiate `loss` with respect to the phase's groups only, clip, and step. Return the gradient's norm."""
@@ -61,37 +90,35 @@ class Optimizers:
 
         Nothing but the named groups receives a gradient, so a loss may run through frozen or target networks freely.
         """
-        return list(torch.autograd.grad(loss, self._parameters(phase)))
+        parameters = [parameter for name in phase.groups for parameter in self.adams[name].parameters]
+        return list(torch.autograd.grad(loss, parameters))
 
     def apply(self, phase: Phase, gradients: list[Tensor]) -> Tensor:
         """Clip the gradients of a phase, in place, and step its groups. Return their norm before clipping."""
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # type: ignore[arg-type]
         if self.config.max_grad_norm is not None:
             torch._foreach_mul_(gradients, torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0))
-        for parameter, gradient in zip(self._parameters(phase), gradients, strict=True):
-            parameter.grad = gradient
+        first = 0
         for name in phase.groups:
-            self.adams[name].step()
-            self.adams[name].zero_grad(set_to_none=True)
+            adam = self.adams[name]
+            adam.step(gradients[first : first + len(adam.parameters)])
+            first += len(adam.parameters)
         return norm
-
-    def _parameters(self, phase: Phase) -> list[torch.nn.Parameter]:
-        return [parameter for name in phase.groups for parameter in self.groups[name].parameters]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the optimiser state as flat tensors, keyed `group/index/name`."""
-        flat = {}
-        for name, adam in self.adams.items():
-            for index, parameter in enumerate(self.groups[name].parameters):
-                for key, value in adam.state[parameter].items():
-                    flat[f"{name}/{index}/{key}"] = torch.as_tensor(value)
-        return flat
+        return {
+            f"{name}/{index}/{key}": value
+            for name, adam in self.adams.items()
+            for key, values in adam.state.items()
+            for index, value in enumerate(values)
+        }
 
     def load_state_tensors(self, flat: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned; optimisers keep pointing at the learner's own parameters."""
-        for name, adam in self.adams.items():
-            for index, parameter in enumerate(self.groups[name].parameters):
-                prefix = f"{name}/{index}/"
-                state = {k.removeprefix(prefix): v.clone() for k, v in flat.items() if k.startswith(prefix)}
-                if state:
-                    adam.state[parameter] = state
+        """Restore what `state_tensors` returned; optimisers keep pointing at the learner's own parameters.
+
+        A group that has none in `flat` has not stepped yet.
+        """
+        for key, value in self.state_tensors().items():
+            if key in flat:
+                value.copy_(flat[key])
