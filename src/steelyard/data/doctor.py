@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -76,6 +76,20 @@ class Summary:
     repeated_share: float
 
 
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print findings as a table, and how many of each severity there are."""
+    table = Table(show_header=True, header_style="bold")
+    for column in ("severity", "code", "finding"):
+        table.add_column(column, overflow="fold")
+    colour = {"fault": "red", "warning": "yellow", "note": "cyan"}
+    for finding in findings:
+        table.add_row(f"[{colour[finding.severity]}]{finding.severity}[/]", finding.code, _plain(finding.sentence))
+    if findings:
+        console.print(table)
+    counts = {s: sum(f.severity == s for f in findings) for s in ("fault", "warning", "note")}
+    console.print(", ".join(f"{count} {name}{'s' if count != 1 else ''}" for name, count in counts.items()))
+
+
 @dataclass(frozen=True)
 class Report:
     """The doctor's findings, worst first, and a summary."""
@@ -98,16 +112,7 @@ class Report:
     def print(self, console: Console | None = None) -> None:
         """Print a table of findings, quantiles and a histogram of lengths."""
         console = console or Console()
-        table = Table(show_header=True, header_style="bold")
-        for column in ("severity", "code", "finding"):
-            table.add_column(column, overflow="fold")
-        colour = {"fault": "red", "warning": "yellow", "note": "cyan"}
-        for finding in self.findings:
-            table.add_row(f"[{colour[finding.severity]}]{finding.severity}[/]", finding.code, _plain(finding.sentence))
-        if self.findings:
-            console.print(table)
-        counts = {s: sum(f.severity == s for f in self.findings) for s in ("fault", "warning", "note")}
-        console.print(", ".join(f"{count} {name}{'s' if count != 1 else ''}" for name, count in counts.items()))
+        print_findings(self.findings, console)
         s = self.summary
         console.print(
             f"{s.num_episodes} episodes, {s.num_steps} steps; {s.num_terminated} terminated, "

@@ -30,7 +30,7 @@ class Source(Protocol):
         """Return the batch of update `step`."""
         ...
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, Any]:
         """Return what the log should show beside the update step, e.g. {"env_step": 400}."""
         ...
 

@@ -16,7 +16,7 @@ from steelyard.bench.rows import Run, read_run
 from steelyard.bench.stats import Estimate
 from steelyard.errors import DataError
 from steelyard.report import markdown, plots
-from steelyard.report.numbers import RecipeSummary, Summary, summarize
+from steelyard.report.numbers import RecipeSummary, summarize
 from steelyard.report.plots import Picture
 from steelyard.report.summary import notes, sentence
 from steelyard.report.tables import (
@@ -121,7 +121,8 @@ def write_report(
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "report.md").write_text(markdown.render(title, sentence(summary), sections), encoding="utf-8")
     page = out_dir / "report.html"
-    page.write_text(_page(title, summary, "".join(body)), encoding="utf-8")
+    text = document(title, sentence(summary), "".join(body), "from the rows listed above.")
+    page.write_text(text, encoding="utf-8")
     return page
 
 
@@ -147,22 +148,23 @@ def _cell(cell: Cell) -> str:
     return f"<td>{html.escape(cell)}</td>"
 
 
-def _page(title: str, summary: Summary, body: str) -> str:
+def document(title: str, lead: str, body: str, footer: str, style: str = "") -> str:
+    """Return a whole page around the markup of its body; the other texts are escaped here."""
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # the browser itself enforces that nothing is fetched and nothing runs
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
-        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(sentence(summary))}</p>{body}'
-        f"<footer>Written by steelyard {html.escape(__version__)} from the rows listed above.</footer></body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{STYLE}{style}</style></head><body>"
+        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>{body}'
+        f"<footer>Written by steelyard {html.escape(__version__)} {html.escape(footer)}</footer></body></html>\n"
     )
 
 
 def _recipe(heading: str, recipe: RecipeSummary, tables: Sequence[Table]) -> str:
     """Return curves, tables, values, episodes and metrics of one recipe."""
-    parts = [f"<h2>{html.escape(heading)}</h2>", _figure(plots.learning_curve(recipe), "curve")]
+    parts = [f"<h2>{html.escape(heading)}</h2>", render_figure(plots.learning_curve(recipe), "curve")]
     cautions = notes(recipe)
     if cautions:
         items = "".join(f"<li>{html.escape(note)}</li>" for note in cautions)
@@ -172,26 +174,28 @@ def _recipe(heading: str, recipe: RecipeSummary, tables: Sequence[Table]) -> str
         plots.calibration(case, part, index) for index, case in enumerate(recipe.cases) for part in case.calibration
     ]
     if panels:
-        parts.append(_panels(panels))
+        parts.append(render_panels(panels))
     episodes = [picture for case in recipe.cases for picture in _episodes(case.runs)]
-    parts.append("<h3>One episode of each case</h3>" + _panels(episodes))
+    parts.append("<h3>One episode of each case</h3>" + render_panels(episodes))
     pictures, left_out = plots.metrics(recipe.cases)
     if pictures:
         words = "One line per run, thinned to block means; a vertical line marks where fine-tuning begins."
         if left_out:
             words += f" Also in metrics.jsonl: {', '.join(left_out)}."
         parts.append(f'<h3>Training</h3><p class="caption">{html.escape(words)}</p>{plots.legend(recipe.cases)}')
-        parts.append(_panels(pictures, "metrics"))
+        parts.append(render_panels(pictures, "metrics"))
     return "".join(parts)
 
 
-def _figure(picture: Picture, kind: str = "") -> str:
+def render_figure(picture: Picture, kind: str = "") -> str:
+    """Return a picture with its caption as HTML."""
     name = f' class="{kind}"' if kind else ""
     return f"<figure{name}>{picture.markup}<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
 
 
-def _panels(pictures: Sequence[Picture], kind: str = "") -> str:
-    return f'<div class="panels {kind}">{"".join(map(_figure, pictures))}</div>'
+def render_panels(pictures: Sequence[Picture], kind: str = "") -> str:
+    """Return small pictures side by side as HTML."""
+    return f'<div class="panels {kind}">{"".join(map(render_figure, pictures))}</div>'
 
 
 def _episodes(runs: Sequence[Run]) -> list[Picture]:

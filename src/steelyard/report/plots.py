@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ def colour(index: int) -> str:
 
 
 def _style(index: int) -> str:
-    return list(STYLES)[index % len(STYLES)]
+    return list(STYLES)[(index + index // len(COLOURS)) % len(STYLES)]  # no pair of colour and style comes twice in 18
 
 
 def learning_curve(recipe: RecipeSummary) -> Picture:
@@ -165,13 +165,147 @@ def thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return np.array([x[b].mean() for b in blocks]), np.array([y[b].mean() for b in blocks])
 
 
-def legend(cases: Sequence[CaseSummary]) -> str:
-    """Return the key of colours and line styles as markup."""
+class Labelled(Protocol):
+    """What has a name in a legend."""
+
+    @property
+    def label(self) -> str:
+        """The name."""
+        ...
+
+
+def legend(cases: Sequence[Labelled], indices: Sequence[int] | None = None) -> str:
+    """Return the key of colours and line styles as markup; `indices` are the cases' colours, by default in order."""
     spans = (
         f'<span><i style="border-top:3px {STYLES[_style(index)]} {colour(index)}"></i>{html.escape(case.label)}</span>'
-        for index, case in enumerate(cases)
+        for index, case in zip(indices or range(len(cases)), cases, strict=True)
     )
     return f'<p class="key">{"".join(spans)}</p>'
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, or one set of dots or bars, of a plot.
+
+    Attributes:
+        label: for the legend.
+        y: values [P]; NaN leaves a gap.
+        low: lower ends of their intervals [P], or None.
+        high: upper ends.
+        x: where they stand [P]; None in `dots` and `bars`, where the groups say so.
+        index: of its colour and line style; None: its position. Give it to keep one colour for one method on a page.
+    """
+
+    label: str
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    x: Sequence[float] | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a plot says besides its series.
+
+    Attributes:
+        name: unique on the page.
+        caption: printed below; says what the bands are.
+        xlabel: with its unit.
+        ylabel: with its unit.
+        log_x: logarithmic axis.
+        ylim: limits of the y axis (of the value axis in `dots`); None: from the data.
+        level: a horizontal line (in `dots` a vertical one) drawn for comparison, for example at the start's reward.
+        small: for a panel among others, rather than the width of the text.
+        legend: draw the key above; off in panels that share one.
+    """
+
+    name: str
+    caption: str
+    xlabel: str = ""
+    ylabel: str = ""
+    log_x: bool = False
+    ylim: tuple[float, float] | None = None
+    level: float | None = None
+    small: bool = False
+    legend: bool = True
+
+
+def lines(series: Sequence[Series], frame: Frame) -> Picture:
+    """Plot lines with their bands; a series of one point shows as a dot."""
+    figure = _figure(*((3.2, 2.4) if frame.small else (5.6, 3.2)))
+    axis = figure.subplots()
+    for position, one in enumerate(series):
+        assert one.x is not None
+        index = position if one.index is None else one.index
+        if one.low is not None and one.high is not None:
+            axis.fill_between(one.x, one.low, one.high, color=colour(index), alpha=0.16, linewidth=0)
+        few = len(one.x) <= 12
+        axis.plot(
+            one.x, one.y, _style(index), color=colour(index), linewidth=1.8, marker="o" if few else "", markersize=4
+        )
+    if frame.level is not None:
+        axis.axhline(frame.level, color=INK, linewidth=0.8, alpha=0.5)
+    _dress(axis, frame.xlabel, frame.ylabel)
+    if frame.log_x:
+        ticks = sorted({float(x) for one in series for x in one.x or ()})
+        axis.set_xscale("log")
+        if len(ticks) <= 10:
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+    if frame.ylim is not None:
+        axis.set_ylim(*frame.ylim)
+    return _finished(figure, series, frame)
+
+
+def dots(groups: Sequence[str], series: Sequence[Series], frame: Frame) -> Picture:
+    """Plot one row a group, the first on top, with a dot and its interval for each series."""
+    figure = _figure(3.2 if frame.small else 5.6, 0.8 + len(groups) * max(0.26, 0.13 * len(series)))
+    axis = figure.subplots()
+    for position, one in enumerate(series):
+        index = position if one.index is None else one.index
+        rows = np.arange(len(groups)) + 0.6 * ((position + 0.5) / len(series) - 0.5)
+        if one.low is not None and one.high is not None:
+            axis.hlines(rows, one.low, one.high, color=colour(index), linewidth=2, alpha=0.55)
+        axis.plot(one.y, rows, "osD^vP"[index % 6], color=colour(index), markersize=5)
+    if frame.level is not None:
+        axis.axvline(frame.level, color=INK, linewidth=0.8, alpha=0.5)
+    _dress(axis, frame.xlabel, frame.ylabel)
+    axis.set_yticks(range(len(groups)), groups, parse_math=False)
+    axis.set_ylim(len(groups) - 0.4, -0.6)
+    if frame.ylim is not None:
+        axis.set_xlim(*frame.ylim)
+    return _finished(figure, series, frame)
+
+
+def bars(groups: Sequence[str], series: Sequence[Series], frame: Frame) -> Picture:
+    """Plot bars side by side, one group of them a position, with their intervals."""
+    figure = _figure(*((3.2, 2.4) if frame.small else (5.6, 3.2)))
+    axis = figure.subplots()
+    width = 0.8 / len(series)
+    for position, one in enumerate(series):
+        index = position if one.index is None else one.index
+        places = np.arange(len(groups)) + width * (position + 0.5) - 0.4
+        axis.bar(places, one.y, width, color=colour(index), alpha=0.75)
+        if one.low is not None and one.high is not None:
+            axis.vlines(places, one.low, one.high, color=INK, linewidth=1)
+    if frame.level is not None:
+        axis.axhline(frame.level, color=INK, linewidth=0.8, alpha=0.5)
+    _dress(axis, frame.xlabel, frame.ylabel)
+    shown = range(0, len(groups), max(1, len(groups) // 12))
+    axis.set_xticks(list(shown), [groups[i] for i in shown], parse_math=False)
+    if frame.ylim is not None:
+        axis.set_ylim(*frame.ylim)
+    return _finished(figure, series, frame)
+
+
+def _finished(figure: Any, series: Sequence[Series], frame: Frame) -> Picture:
+    """Return the picture with its key; the last value of each series is its alternative text."""
+    indices = [position if one.index is None else one.index for position, one in enumerate(series)]
+    words = "; ".join(f"{one.label}: {one.y[-1]:.3g}" for one in series if len(one.y))
+    label = f"{frame.ylabel or frame.xlabel} of {words}" if len(words) < 400 else frame.caption
+    key = legend(series, indices) if frame.legend and len(series) > 1 else ""
+    return Picture(key + _svg(figure, frame.name, label), frame.caption)
 
 
 def maze_path(trajectory: dict[str, Any], label: str) -> Picture:

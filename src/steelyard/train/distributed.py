@@ -138,6 +138,14 @@ def share(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
     return safetensors.torch.load(_broadcast(packed, 0))
 
 
+def exchange(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return every process's tensors in every process, on the CPU, in the order of ranks."""
+    if world() == 1:
+        return [tensors]
+    packed = safetensors.torch.save(_packable(tensors))
+    return [safetensors.torch.load(_broadcast(packed, source)) for source in range(world())]
+
+
 def share_state(learner: nn.Module, optimizers: Optimizers, step: int) -> int:
     """Give every process the main one's weights, optimiser state and update step; return the step."""
     if world() > 1:
@@ -178,7 +186,7 @@ class _Shared:
     def batch(self, step: int) -> TransitionBatch:
         return TransitionBatch(**share(self.source.batch(step).tensors() if is_main() else None))
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, Any]:
         return self.source.counters()
 
     def state_tensors(self) -> dict[str, Tensor]:

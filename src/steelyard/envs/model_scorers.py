@@ -1,0 +1,182 @@
+"""Scorers that are models trained here: reward models and the rewards that preference-tuned policies imply."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from steelyard.artefact import find
+from steelyard.config import Config, from_json, require_positive
+from steelyard.data.experience import ExperienceBatch
+from steelyard.data.tokenizer import ByteChat, Text, Tokenizer
+from steelyard.errors import CheckpointError, ConfigError
+from steelyard.nets.lm import LanguageModelConfig, load_language_model
+from steelyard.nets.transformer import Transformer, TransformerConfig
+from steelyard.objectives.reward_model import RewardModel, RewardModelConfig
+from steelyard.rng import torch_generator
+from steelyard.train import checkpoint
+
+BATCH_SIZE = 16
+"""Completions in one forward pass; scores do not depend on it."""
+
+
+@dataclass(frozen=True)
+class RewardModelArtefact(Config):
+    """pretrained/config.json of a reward model."""
+
+    objective: RewardModelConfig
+    """What was learned, and how."""
+    model: LanguageModelConfig | TransformerConfig
+    """The backbone; a plain transformer reads bytes (`ByteChat`)."""
+    max_tokens: int = 1024
+    """Longest prompt and completion together; longer ones are cut, and counted."""
+    format: Literal["steelyard-reward-model-1"] = "steelyard-reward-model-1"
+    """Version of this layout."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(self, "max_tokens")
+
+
+class BatchScore(Protocol):
+    """[N] scores of a batch."""
+
+    def __call__(self, batch: ExperienceBatch) -> Tensor:
+        """Return float32 [N]."""
+        ...
+
+
+class ModelScorer:
+    """Scores texts with a model that scores token batches.
+
+    Args:
+        name: what messages and reports call it.
+        score_batch: the model; must not depend on padding or on other rows.
+        tokenizer: the model's own; the token ids that a policy wrote are not used.
+        max_tokens: longest prompt and completion together.
+        device: where the model is.
+
+    Attributes:
+        cut: how many completions were scored so far after they or their prompts had been cut.
+    """
+
+    def __init__(
+        self, name: str, score_batch: BatchScore, tokenizer: Tokenizer, max_tokens: int, device: torch.device | str
+    ) -> None:
+        self.name, self.score_batch, self.tokenizer, self.max_tokens = name, score_batch, tokenizer, max_tokens
+        self.device = device
+        self.cut = 0
+
+    def score(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Tensor:
+        """Return float32 [N]."""
+        rows = [
+            (self.tokenizer.prompt(prompt), self.tokenizer.completion(prompt, completion))
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        self.cut += sum(len(prompt) + len(completion) > self.max_tokens for prompt, completion in rows)
+        rows = [_cut(prompt, completion, self.max_tokens) for prompt, completion in rows]
+        # rows of like length together: less padding
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
+        scores = torch.zeros(len(rows))
+        for start in range(0, len(rows), BATCH_SIZE):
+            chosen = order[start : start + BATCH_SIZE]
+            batch = token_batch([rows[row] for row in chosen], self.tokenizer.pad).to(self.device)
+            scores[chosen] = self.score_batch(batch).detach().float().cpu()
+        return scores
+
+
+def _cut(prompt: list[int], completion: list[int], limit: int) -> tuple[list[int], list[int]]:
+    """Cut the prompt's beginning first, but leave its last token; then the completion's end."""
+    completion = completion[: limit - 1]
+    return prompt[-(limit - len(completion)) :], completion
+
+
+def token_batch(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> ExperienceBatch:
+    """Return a batch of (prompt ids, completion ids), one prompt per completion."""
+    length, width = (max(len(row[part]) for row in rows) for part in (0, 1))
+    prompts, completions = torch.full((len(rows), length), pad), torch.full((len(rows), width), pad)
+    prompt_mask, scored_mask = torch.zeros(len(rows), length), torch.zeros(len(rows), width)
+    for row, (prompt, completion) in enumerate(rows):
+        prompts[row, length - len(prompt) :] = torch.tensor(prompt)
+        prompt_mask[row, length - len(prompt) :] = 1
+        completions[row, : len(completion)] = torch.tensor(completion, dtype=torch.int64)
+        scored_mask[row, : len(completion)] = 1
+    return ExperienceBatch(prompts, prompt_mask, completions, scored_mask, torch.arange(len(rows)))
+
+
+def build_reward_model(artefact: RewardModelArtefact, seed: int) -> tuple[RewardModel, Tokenizer]:
+    """Build an untrained reward model and its tokenizer."""
+    backbone: nn.Module
+    tokenizer: Tokenizer
+    if isinstance(artefact.model, TransformerConfig):
+        backbone, tokenizer = Transformer(artefact.model, torch_generator(seed, "initial weights")), ByteChat()
+        if artefact.model.vocab_size != tokenizer.vocab_size:
+            raise ConfigError(
+                f"reward model: a transformer reads bytes and needs vocab_size {tokenizer.vocab_size}, found "
+                f"{artefact.model.vocab_size}"
+            )
+        if artefact.model.context < artefact.max_tokens:
+            raise ConfigError(
+                f"reward model: max_tokens is {artefact.max_tokens}, more than the context {artefact.model.context}"
+            )
+    else:
+        model = load_language_model(artefact.model, torch_generator(seed, "initial weights"))
+        backbone, tokenizer = model, model.tokenizer
+    return RewardModel(artefact.objective, backbone, torch_generator(seed, "reward head")), tokenizer
+
+
+def read_reward_model(path: str | Path) -> tuple[RewardModel, Tokenizer, RewardModelArtefact]:
+    """Read a trained reward model from a run, a checkpoint or its pretrained/ directory; files are checked."""
+    folder = find(path)
+    checkpoint.verify(folder)
+    file = folder / "pretrained/config.json"
+    text = file.read_text()
+    _require_format(text, "steelyard-reward-model-1", "a reward model", str(path))
+    artefact = from_json(RewardModelArtefact, text, where=str(file))
+    model, tokenizer = build_reward_model(artefact, 0)
+    checkpoint.load_into(model, safetensors.torch.load_file(folder / "pretrained/model.safetensors"), str(folder))
+    return model.eval(), tokenizer, artefact
+
+
+def load_reward_model(path: str | Path) -> ModelScorer:
+    """Return a trained reward model as a scorer of texts (`reward_model:DIR`)."""
+    model, tokenizer, artefact = read_reward_model(path)
+    return ModelScorer(f"reward_model:{path}", model.score, tokenizer, artefact.max_tokens, model.head.device)
+
+
+def implicit_scorer(name: str, model: Any, tokenizer: Tokenizer, beta: float, max_tokens: int) -> ModelScorer:
+    """Return the reward that a policy implies: beta (log pi(y|x) - log pi_ref(y|x)), summed over tokens.
+
+    Args:
+        name: what messages and reports call it.
+        model: a policy with a reference (`PolicyModel`, an `nn.Module`).
+        tokenizer: the model's.
+        beta: of the objective it was trained with; scales all rewards alike.
+        max_tokens: longest prompt and completion together.
+    """
+
+    @torch.no_grad()
+    def score_batch(batch: ExperienceBatch) -> Tensor:
+        difference: Tensor = model.outputs(batch).token_logps - model.reference_token_logps(batch)
+        return beta * difference.sum(1)
+
+    return ModelScorer(name, score_batch, tokenizer, max_tokens, next(model.parameters()).device)
+
+
+def _require_format(text: str, expected: str, what: str, where: str) -> None:
+    found = json.loads(text).get("format")
+    if found != expected:
+        raise CheckpointError(f"{where}: expected {what} ({expected}), found format {found!r}")
