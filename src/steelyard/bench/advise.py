@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from steelyard.bench.evidence import Evidence, Measure
+from steelyard.bench.evidence import MANY_CUT, Evidence, Measure
 from steelyard.bench.stats import Estimate
 
 Confidence = Literal["clear", "weak", "cannot tell"]
@@ -68,18 +68,24 @@ class Advice:
 
 @dataclass(frozen=True)
 class Names:
-    """What the command lines call the model, the data and the scorer; None where there is none."""
+    """What the command lines call the model, the data and the scorer.
+
+    Attributes:
+        model: the model.
+        data: the preference set, or prompts alone.
+        scorer: the reward; None without one.
+        preferences: the data hold pairs.
+    """
 
     model: str
-    data: str | None = None
+    data: str
     scorer: str | None = None
+    preferences: bool = True
 
     def train(self, objective: str, source: str, *options: str, scored: bool = True) -> str:
         """Return a `steelyard train preference` command line."""
         words = ["steelyard", "train", "preference", "--objective", objective, "--model", self.model]
-        if self.data is not None:
-            words += ["--data", self.data]
-        words += ["--source", source]
+        words += ["--data", self.data, "--source", source]
         if source != "dataset" and scored:
             words += ["--scorer", self.scorer or "reward_model:runs/reward"]
         return shlex.join([*words, *options])
@@ -93,13 +99,13 @@ class Names:
             "--model",
             self.model,
             "--data",
-            data or self.data or "PAIRS.jsonl",
+            data or self.data,
         ]
         return shlex.join([*words, "--out", "runs/reward"])
 
     def pairs(self, out: str = "pairs.jsonl") -> str:
         """Return the command line that collects on-policy pairs."""
-        words = ["steelyard", "data", "pairs", "--model", self.model, "--prompts", self.data or "PROMPTS.jsonl"]
+        words = ["steelyard", "data", "pairs", "--model", self.model, "--prompts", self.data]
         return shlex.join([*words, "--scorer", self.scorer or "reward_model:runs/reward", "--out", out])
 
 
@@ -172,9 +178,11 @@ def place(evidence: Evidence) -> tuple[Place, Confidence, tuple[Measure, ...], s
 
 def _method(evidence: Evidence, names: Names) -> Advice:
     where, confidence, measures, remark = place(evidence)
+    if evidence.cut > MANY_CUT:
+        confidence = _weaker(confidence, "weak")
     numbers = tuple(measure.text() for measure in measures) + ((remark,) if remark else ())
     agreement = evidence.find("agreement")
-    usable = names.data is not None and (agreement is None or _at_least(agreement, ACCURATE))
+    usable = names.preferences and (agreement is None or _at_least(agreement, ACCURATE))
     on_policy = names.train("dpo", "policy", "--reuse", "2", "--negative", "1.0")
     offline = names.train("pref_ft", "dataset") if usable else names.train("best_of_n", "policy")
     if confidence == "cannot tell":
@@ -273,8 +281,8 @@ def _data(evidence: Evidence, names: Names) -> Advice | None:
 
 def _length(evidence: Evidence, names: Names) -> Advice | None:
     longer = evidence.find("longer_chosen")
-    if longer is None:
-        return None
+    if longer is None or (names.scorer or "").startswith("length:"):
+        return None  # of a reward that is length, length is no bias
     estimate = longer.estimate
     assert estimate.low is not None
     assert estimate.high is not None

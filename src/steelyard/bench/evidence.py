@@ -35,6 +35,8 @@ PEAK_WIDTH = 0.5
 # What is central in the samples' lengths and log-probs.
 CENTRAL = (0.05, 0.95)
 PERMUTATIONS = 999
+# Share of unfinished samples from which on their lengths and rewards say little.
+MANY_CUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Measure:
         estimate: the number.
         digits: to print.
         note: how to read it.
+        exact: has no interval (a p-value is no mean).
     """
 
     key: str
@@ -98,18 +101,31 @@ class Measure:
     estimate: Estimate
     digits: int = 2
     note: str = ""
+    exact: bool = False
+
+    def cells(self) -> tuple[str, str]:
+        """Return the number and its interval, as text."""
+        interval = "" if self.exact else self.estimate.interval(self.digits)
+        return number(self.estimate.value, self.digits), interval
 
     def text(self) -> str:
-        """Return for example 'samples near the peak 0.01 [0.00, 0.03]'."""
-        return f"{self.label} {self.estimate.text(self.digits)}"
+        """Return for example 'samples near the peak: 0.01 [0.00, 0.03]'."""
+        return f"{self.label}: {' '.join(self.cells())}".rstrip()
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All measures of a case, by question."""
+    """All measures of a case.
+
+    Attributes:
+        questions: {question: its measures}.
+        warnings: what makes them doubtful.
+        cut: share of samples that were cut at the limit of new tokens.
+    """
 
     questions: dict[str, tuple[Measure, ...]]
     warnings: tuple[str, ...] = ()
+    cut: float = 0.0
 
     def find(self, key: str) -> Measure | None:
         """Return the measure of that key, or None if it could not be taken."""
@@ -200,7 +216,7 @@ def measure(seen: Observations, seed: int = 0) -> Evidence:
     if len(seen.lengths) < 20:
         warnings.append(f"only {len(seen.lengths)} prompts: the intervals are rough")
     cut = float(seen.cut.mean())
-    if cut > 0.1:
+    if cut > MANY_CUT:
         warnings.append(
             f"{cut:.0%} of the samples were cut at the limit of new tokens: their lengths and rewards are those of "
             "unfinished text; raise --max-new-tokens"
@@ -214,14 +230,14 @@ def measure(seen: Observations, seed: int = 0) -> Evidence:
     trust = _trust(seen)
     if trust:
         questions["can the reward be trusted?"] = tuple(trust)
-    return Evidence(questions, tuple(warnings))
+    return Evidence(questions, tuple(warnings), cut)
 
 
 def _peak(seen: Observations, seed: int, warnings: list[str]) -> list[Measure]:
     found: list[Measure] = []
     rewards, pairs = seen.rewards, seen.pairs
     if rewards is not None:
-        whole = ~np.isnan(rewards).any(1)
+        whole = np.asarray(~np.isnan(rewards).any(1))
         if not whole.any():
             raise DataError("the scorer scored no prompt's samples all: there is nothing to measure")
         if not whole.all():
@@ -353,10 +369,10 @@ def _on_policy(seen: Observations, pairs: PairObservations, seed: int) -> list[M
         distance, p = two_sample_test(
             np.concatenate([data[row], own[row]]), foreign, np.concatenate([prompt, own_prompt]), seed
         )
-        # a p-value is no mean: it stands without an interval
+        note = f"Kolmogorov-Smirnov distance {number(distance)}, permuted within prompts"
         found.append(
-            Measure(f"{key}_test", f"{label}, data against samples: p-value", Estimate(p, p, p, data.shape[1]), 3,
-                    f"Kolmogorov-Smirnov distance {number(distance)}, permuted within prompts")
+            Measure(f"{key}_test", f"p-value that the {label} of data and samples are alike",
+                    Estimate(p, p, p, data.shape[1]), 3, note, exact=True)
         )  # fmt: skip
     # the region is drawn on every other sample and tried on the rest, so that both shares are of unseen points
     low, high = np.quantile(own[:, 0::2], CENTRAL, axis=1)

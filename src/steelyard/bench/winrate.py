@@ -4,23 +4,26 @@ Win rate: on every prompt the share of pairs of completions (one of each policy)
 mean over prompts. Completions of one prompt are not independent, so intervals resample prompts.
 
 Length-controlled: Dubois, Galambosi, Liang, Hashimoto, "Length-Controlled AlpacaEval: A Simple Way to Debias Automatic
-Evaluators" (COLM 2024), without its term for the difficulty of instructions. Preferences p are regressed on the
-difference of lengths d in units of its root mean square s:
+Evaluators" (COLM 2024). Preferences p are regressed on the difference of lengths d in units of its standard deviation
+s, and, where it is known, on how hard a prompt is for everyone:
 
-    P(policy preferred) = \sigma(\theta + \phi \tanh(d / s)),          LC win rate = \sigma(\theta)
+    P(policy preferred on x) = \sigma(\theta + \phi \tanh(d / s) + \psi \gamma_x)
+    LC win rate = mean over prompts of \sigma(\theta + \psi \gamma_x)
 
-the win rate that would be expected of completions as long as the baseline's. \theta belongs to the pair of policies, so
-swapping them turns p into 1 - p, d into -d, hence \theta into -\theta: Win(m, b) = 1 - Win(b, m) and Win(m, m) = 1/2.
+the win rate that would be expected of completions as long as the baseline's. Swapping the policies turns p into 1 - p
+and d into -d, hence \theta, \psi into -\theta, -\psi: Win(m, b) = 1 - Win(b, m) and Win(m, m) = 1/2.
 
 | symbol | code |
 |---|---|
 | p | `preferences` [N] in 0..1 |
 | d | `length_differences` [N], policy minus baseline |
-| \theta, \phi | `coefficients` |
+| \gamma_x | `difficulty` [N], or None |
+| \theta, \phi, \psi | coefficients, in this order |
 
-Differences from the paper: no instruction difficulty, no cross-validated L1 penalty (a ridge of `RIDGE` keeps separable
-data finite), no down-weighting of baselines that game the judge. s is a root mean square where theirs is a standard
-deviation: taking off the mean would break the symmetry.
+Differences from the paper: a ridge of `RIDGE` in place of the cross-validated L1 penalty; no judgements of a baseline
+asked to be short or long to steady \phi. Between two policies \gamma is unknown and left out; on AlpacaEval's own data
+that is the difference that matters (docs/evaluation_text.md): where one policy is always the shorter one, d and \theta
+are hard to tell apart, and the rate is drawn to 1/2.
 """
 
 from __future__ import annotations
@@ -117,6 +120,7 @@ def length_controlled(
     length_differences: Floats,
     prompt_of: Ints,
     generator: np.random.Generator,
+    difficulty: Floats | None = None,
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> tuple[Estimate, float]:
@@ -127,22 +131,32 @@ def length_controlled(
         length_differences: [N], policy minus baseline, in any unit.
         prompt_of: [N]; prompts count alike, however many comparisons they have.
         generator: of the bootstrap.
+        difficulty: [N], the same for all comparisons of a prompt, e.g. the logit of what many policies win on it.
         resamples: number of bootstrap samples; each is fitted anew.
         confidence: probability mass between the two percentiles.
     """
     _, number = np.unique(prompt_of, return_inverse=True)
     count = int(number.max()) + 1
     share = 1 / np.bincount(number)[number]
-    scale = np.sqrt(np.mean(length_differences**2))
-    x = np.stack([np.ones(len(preferences)), np.tanh(length_differences / (scale or 1.0))], axis=1)
-    theta, phi = logistic_regression(x, preferences, share[None])[0]
-    value = float(_sigmoid(theta))
+    # where all differences are equal, any scale will do
+    scale = float(np.std(length_differences) or np.max(np.abs(length_differences)) or 1.0)
+    x = np.stack([np.ones(len(preferences)), np.tanh(length_differences / scale)], axis=1)
+    if difficulty is not None:
+        x = np.concatenate([x, difficulty[:, None]], axis=1)
+    equal = x * np.array([1.0, 0.0, 1.0])[: x.shape[1]]  # as if no completion were longer
+
+    def rates(fits: Floats, weights: Floats) -> Floats:
+        return np.asarray((weights * _sigmoid(fits @ equal.T)).sum(1) / weights.sum(1))
+
+    fit = logistic_regression(x, preferences, share[None])
+    value, effect = float(rates(fit, share[None])[0]), float(fit[0, 1])
     if count == 1:
-        return Estimate(value, None, None, 1), float(phi)
+        return Estimate(value, None, None, 1), effect
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples)  # how often each prompt, [R, P]
-    fits = logistic_regression(x, preferences, drawn[:, number] * share)
-    low, high = np.quantile(_sigmoid(fits[:, 0]), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(value, float(low), float(high), count), float(phi)
+    weights = drawn[:, number] * share
+    found = rates(logistic_regression(x, preferences, weights), weights)
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(value, float(low), float(high), count), effect
 
 
 def logistic_regression(x: Floats, y: Floats, weights: Floats, steps: int = 50, tolerance: float = 1e-10) -> Floats:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import tyro
@@ -19,11 +19,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from steelyard.data.binary import BinaryEpisodes
-from steelyard.data.doctor import diagnose
+from steelyard.data.doctor import Report, diagnose
 from steelyard.data.episode import ArraySpec, Episode, Spec
 from steelyard.data.formats import FORMATS, detect, episodes_from, open_dataset, write_dataset
 from steelyard.data.store import Store
 from steelyard.errors import ConfigError, DataError, SteelyardError
+
+if TYPE_CHECKING:
+    from steelyard.data.text_doctor import TextReport
 
 FormatName = Literal["auto", "steelyard", "minari", "flat", "robomimic"]
 Target = Literal["steelyard", "minari", "flat", "robomimic"]
@@ -36,11 +39,13 @@ USAGE = """usage: steelyard data COMMAND ...
 
 commands:
   inspect PATH            spec, counts, returns, hash and an excerpt of one episode
-  check PATH              the data doctor; exit 0 without faults, 1 with faults, 2 if unreadable
+  check PATH              the data doctor, for episodes and for text (prompts, completions, preferences);
+                          exit 0 without faults, 1 with faults, 2 if unreadable
   convert SRC DST --to F  write SRC in another format
   generate KIND OUT       make data with a scripted behaviour (KIND: point_maze, ant_maze, ogbench,
                           adroit_door, grid, atari)
   concentrability PATH    how unevenly the data constrain a policy (--policy RUN)
+  pairs                   sample from a language model, score, pair, and write preference data
 
 `steelyard data COMMAND --help` lists the options. Formats: {formats}
 """
@@ -80,12 +85,28 @@ class Inspect:
 
 
 @dataclass(frozen=True)
+class TextOptions:
+    """Prompts, completions and preferences (.jsonl, .jsonl.gz, .json, .parquet, folders of them, `datasets`)."""
+
+    tokenizer: str = "byte"
+    """text: what lengths and masks are judged by: "byte", "smollm2", a folder, a *.gguf file or a name on the hub."""
+    context: int | None = None
+    """text: tokens of a prompt and a completion together; longer rows are findings."""
+    held_out: Path | None = None
+    """text: second file whose prompts must not be among the first's."""
+    kind: Literal["preference", "unpaired", "completion", "prompt", "text"] | None = None
+    """text: kind of the rows; the columns of the first row decide by default."""
+    split: str = "train"
+    """text: which split of a `datasets` folder or name."""
+
+
+@dataclass(frozen=True)
 class Check:
     """Examine a data set; exit status 0 without faults, 1 with faults, 2 if it cannot be read."""
 
     path: tyro.conf.Positional[Path]
-    """File or directory."""
-    format: FormatName = "auto"
+    """File or directory; a name on the hub with --format text."""
+    format: FormatName | Literal["text"] = "auto"
     """Format of the data set."""
     json: bool = False
     """Print the report as JSON."""
@@ -94,6 +115,7 @@ class Check:
     high: float | None = None
     """Upper bound of every action."""
     options: ReadOptions = field(default_factory=ReadOptions)
+    text: TextOptions = field(default_factory=TextOptions)
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,7 @@ def main(argv: list[str]) -> int:
     """
     commands: dict[str, Callable[[list[str]], int]] = {
         "inspect": inspect, "check": check, "convert": convert, "generate": generate,
-        "concentrability": _concentrability,
+        "concentrability": _concentrability, "pairs": _pairs,
     }  # fmt: skip
     if not argv or argv[0] not in commands:
         asked = bool(argv) and argv[0] in ("-h", "--help")
@@ -205,13 +227,38 @@ def _excerpt(console: Console, episode: Episode, number: int) -> None:
 def check(argv: list[str]) -> int:
     """Run the doctor; 1 if it finds faults."""
     args = _parse(Check, "check", argv)
-    with opened(args.path, args.format, args.options) as store:
-        report = diagnose(store, _bounds(args, store))
+    report: Report | TextReport
+    if args.format == "text" or (args.format == "auto" and _is_text(args.path)):
+        report = _text_report(args.path, args.text)
+    else:
+        with opened(args.path, args.format, args.options) as store:
+            report = diagnose(store, _bounds(args, store))
     if args.json:
         print(report.to_json())
     else:
         report.print()
     return 1 if report.faults else 0
+
+
+def _is_text(path: Path) -> bool:
+    if path.is_dir() and any(item.detect(path) for item in FORMATS.values()):
+        return False
+    if not path.is_dir() and path.suffix not in (".jsonl", ".json", ".parquet", ".gz"):
+        return False
+    from steelyard.data.preferences import is_text_data  # loads torch
+
+    return is_text_data(path)
+
+
+def _text_report(path: Path, options: TextOptions) -> TextReport:
+    from steelyard.data.preferences import read_text_data
+    from steelyard.data.text_doctor import diagnose_text
+    from steelyard.data.tokenizer import load_tokenizer
+
+    unreadable: list[DataError] = []
+    data = read_text_data(path, options.kind, options.split, on_error=unreadable.append)
+    held_out = None if options.held_out is None else read_text_data(options.held_out, options.kind, options.split)
+    return diagnose_text(data, load_tokenizer(options.tokenizer), options.context, held_out, unreadable)
 
 
 def _bounds(args: Check, store: Store) -> ArraySpec | None:
@@ -255,6 +302,12 @@ def _concentrability(argv: list[str]) -> int:
     from steelyard.cli.concentrability import concentrability  # loads torch
 
     return concentrability(argv)
+
+
+def _pairs(argv: list[str]) -> int:
+    from steelyard.cli.pairs import pairs  # loads torch
+
+    return pairs(argv)
 
 
 def _point_maze() -> Generator:

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     """Run the command."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: steelyard run RECIPE [--size tiny|small|paper] [OPTIONS]\n\nrecipes:")
-        print("\n".join(f"  {name:9s} {text}" for name, text in RECIPES.items()))
+        print("\n".join(f"  {name:16s} {text}" for name, text in RECIPES.items()))
         print("\nsteelyard run RECIPE --help lists every option of one.")
         return 0
     name, rest = argv[0], argv[1:]
@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
     preset: Any = recipe.PRESETS[size]
     env, rest = take_option(rest, "--env", None)
     if env is not None:
+        if not hasattr(preset, "run"):
+            raise ConfigError(f"recipe {name!r} has no environment; leave --env out")
         preset = dataclasses.replace(preset, run=dataclasses.replace(preset.run, env=environment(env)))
     config = parse(type(preset), preset, f"steelyard run {name} --size {size}", rest)
     try:

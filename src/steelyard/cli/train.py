@@ -6,12 +6,12 @@ import dataclasses
 import difflib
 from pathlib import Path
 
-from steelyard.cli import arguments
+from steelyard.cli import arguments, train_preference
 from steelyard.config import config_hash, read_config
 from steelyard.errors import ConfigError
 from steelyard.objectives import OBJECTIVES
 from steelyard.train.distributed import is_main
-from steelyard.workflows import control, language
+from steelyard.workflows import control, language, preference, reward_model
 
 USAGE = f"""usage: steelyard train OBJECTIVE --data PATH [--env ID] [--out DIR] [--config FILE] [OPTIONS]
        steelyard train --resume DIR
@@ -19,6 +19,7 @@ USAGE = f"""usage: steelyard train OBJECTIVE --data PATH [--env ID] [--out DIR] 
 Pre-train on recorded behaviour (or text), fine-tune online where an environment is given, and write a report.
 
 objectives: {", ".join(OBJECTIVES)}, sft
+language models: preference, reward_model (steelyard train preference --help)
 
   --data PATH    data set in any known format (see steelyard data --help); for sft, a text file
   --env ID       Gymnasium environment to evaluate and fine-tune in
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> int:
         return 0
     directory, rest = arguments.take_option(argv, "--resume", None)
     if directory is not None:
+        if preference.is_preference_run(directory) or reward_model.is_reward_model_run(directory):
+            return train_preference.resume(directory, rest)
         if rest:
             raise ConfigError(
                 f"--resume takes no other options (the run's config is in {directory}), found {rest[0]!r}"
@@ -44,6 +47,10 @@ def main(argv: list[str]) -> int:
         resume = language.resume if language.is_language_run(directory) else control.resume
         return finish(*arguments.carry_out(lambda: resume(directory)))
     kind, rest = arguments.required_positional(argv, "the objective", "steelyard train OBJECTIVE --data PATH")
+    if kind == "preference":
+        return train_preference.main(rest)
+    if kind == "reward_model":
+        return train_preference.main_reward_model(rest)
     out, rest = arguments.take_option(rest, "--out", None)
     file, rest = arguments.take_option(rest, "--config", None)
     if kind == "sft":
@@ -55,8 +62,12 @@ def main(argv: list[str]) -> int:
         folder = out or f"runs/sft-{config_hash(text_run)[:8]}"
         return finish(*arguments.carry_out(lambda: language.start(text_run, folder)))
     if kind not in OBJECTIVES:
-        near = difflib.get_close_matches(kind, [*OBJECTIVES, "sft"], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(OBJECTIVES)}, sft"
+        near = difflib.get_close_matches(kind, [*OBJECTIVES, "sft", "preference", "reward_model"], n=1)
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"there are: {', '.join(OBJECTIVES)}, sft, preference, reward_model"
+        )
         raise ConfigError(f"unknown objective {kind!r}; {hint}")
     config = read_config(control.ControlRun, file) if file else control.default_run(kind)
     if config.objective.kind != kind:

@@ -59,7 +59,7 @@ def with_mismatched(batch: ExperienceBatch) -> ExperienceBatch:
     changes = {name: torch.cat([getattr(batch, name), value]) for name, value in twins.items()}
     changes["prompt_of"] = torch.cat([batch.prompt_of, prompt_of])
     changes["mismatched"] = torch.cat([torch.zeros(len(batch)), torch.ones(len(taken))])
-    return replace(batch, **changes).of_prompts(torch.arange(count))  # type: ignore[arg-type]
+    return replace(batch, **changes).of_prompts(torch.arange(count))
 
 
 def joined(parts: Sequence[ExperienceBatch]) -> ExperienceBatch:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from steelyard.data.experience import FOREIGN, ExperienceBatch
-from steelyard.data.tokenizer import Message, Text, Tokenizer, plain, repairs
+from steelyard.data.tokenizer import Message, Text, Tokenizer, plain, repair_counts, repairs
 from steelyard.errors import ConfigError, DataError, require
 
 Kind = Literal["preference", "unpaired", "completion", "prompt", "text"]
@@ -793,6 +793,7 @@ class TokenizedData:
         data: the rows that were kept, in order.
         tokenizer: which made the ids.
         report: what was cut and dropped.
+        row_offsets: int64 [R + 1]; row i has the completions row_offsets[i] ... row_offsets[i + 1] - 1.
     """
 
     def __init__(
@@ -806,7 +807,7 @@ class TokenizedData:
         self.data, self.tokenizer, self.report = data, tokenizer, report
         self._prompts = _Ragged.of(prompts, np.int32)
         self._completions = _Ragged.of([ids for row in completions for ids in row], np.int32)
-        self._of_row = np.concatenate([[0], np.cumsum([len(row) for row in completions])]).astype(np.int64)
+        self.row_offsets = np.concatenate([[0], np.cumsum([len(row) for row in completions])]).astype(np.int64)
         self._pairs = _Ragged.of([row.pairs for row in data.rows], np.int64, width=2)
         self._margins = np.array([margin for row in data.rows for margin in row.margins()], np.float32)
         self._labels = self._per_completion("labels")
@@ -828,7 +829,7 @@ class TokenizedData:
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 of the token ids and of how they belong together, e.g. to key a cache of reference log-probs."""
-        digest = hashlib.sha256(self._of_row.tobytes())
+        digest = hashlib.sha256(self.row_offsets.tobytes())
         for ragged in (self._prompts, self._completions, self._pairs):
             digest.update(ragged.offsets.tobytes() + np.ascontiguousarray(ragged.values).tobytes())
         return digest.hexdigest()
@@ -847,57 +848,34 @@ class TokenizedData:
         """Return the number of rows kept."""
         return len(self.data.rows)
 
-    def batch(self, indices: Indices, mismatched: bool = False) -> ExperienceBatch:
+    def batch(self, indices: Indices) -> ExperienceBatch:
         """Return rows as a batch; padding is as long as the longest row asks for.
 
         Args:
             indices: of rows; a row may come twice and is then two prompts.
-            mismatched: append, for every completion, one of the next row in the batch, for KTO's estimate of the KL.
-
-        Raises:
-            ConfigError: `mismatched` with fewer than two rows, or without completions.
         """
         rows = _rows(indices)
         prompts, prompt_mask = self._prompts.padded(rows, self.tokenizer.pad, left=True)
-        groups = _Ragged(np.arange(self._of_row[-1]), self._of_row)
-        numbers, sizes = groups.flat(rows)
-        prompt_of = np.repeat(np.arange(len(rows)), sizes)
-        values = {name: None if column is None else column[numbers]
-                  for name, column in (("labels", self._labels), ("rewards", self._rewards))}  # fmt: skip
-        foreign = None
-        if mismatched:
-            if len(rows) < 2 or not len(numbers):
-                raise ConfigError(f"mismatched completions need at least 2 rows with completions, found {len(rows)}")
-            own = len(numbers)
-            within = np.arange(own) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            other = np.roll(rows, -1)[prompt_of]
-            numbers = np.concatenate([numbers, self._of_row[other] + within % groups.lengths[other]])
-            prompt_of = np.concatenate([prompt_of, prompt_of])
-            nothing = np.full(own, np.nan, np.float32)
-            values = {name: None if value is None else np.concatenate([value, nothing])
-                      for name, value in values.items()}  # fmt: skip
-            foreign = torch.from_numpy(np.repeat([0.0, 1.0], own).astype(np.float32))
+        numbers, sizes = _Ragged(np.arange(self.row_offsets[-1]), self.row_offsets).flat(rows)
         completions, scored_mask = self._completions.padded(numbers, self.tokenizer.pad, left=False)
         pairs = margins = None
         if self.kind == "preference":
             positions, pair_counts = self._pairs.flat(rows)
             first = np.repeat(np.cumsum(sizes) - sizes, pair_counts)  # number in the batch of a row's first completion
             pairs = torch.from_numpy(self._pairs.values[positions] + first[:, None])
-            margins = torch.from_numpy(self._margins[positions])
-            margins = None if bool(margins.isnan().all()) else margins
-        tensors = {name: None if value is None else torch.from_numpy(value) for name, value in values.items()}
+            known = self._margins[positions]
+            margins = None if np.isnan(self._margins).all() else torch.from_numpy(known)
         return ExperienceBatch(
             prompts,
             prompt_mask,
             completions,
             scored_mask,
-            torch.from_numpy(prompt_of),
-            rewards=tensors["rewards"],
-            labels=tensors["labels"],
+            torch.from_numpy(np.repeat(np.arange(len(rows)), sizes)),
+            rewards=None if self._rewards is None else torch.from_numpy(self._rewards[numbers]),
+            labels=None if self._labels is None else torch.from_numpy(self._labels[numbers]),
             pairs=pairs,
             margins=margins,
             born=torch.full((len(numbers),), FOREIGN),
-            mismatched=foreign,
         )
 
     def prompts(self, indices: Indices) -> tuple[Tensor, Tensor]:
@@ -914,7 +892,9 @@ class TokenizedData:
 
     def completion_ids(self, indices: Indices) -> list[list[int]]:
         """Return the token ids of the completions of these rows in the batch's order [N]."""
-        numbers = [number for row in _rows(indices) for number in range(self._of_row[row], self._of_row[row + 1])]
+        numbers = [
+            number for row in _rows(indices) for number in range(self.row_offsets[row], self.row_offsets[row + 1])
+        ]
         offsets = self._completions.offsets
         return [self._completions.values[offsets[number] : offsets[number + 1]].tolist() for number in numbers]
 
@@ -972,7 +952,7 @@ def encode_rows(
 ) -> TokenizedData:
     """As `tokenize`, but nothing may be left: for the doctor."""
     counts: Counter[str] = Counter()
-    repaired = Counter(tokenizer.counts)
+    repaired = repair_counts(tokenizer)
     rows: list[TextRow] = []
     prompts: list[list[int]] = []
     completions: list[list[list[int]]] = []
@@ -1010,7 +990,7 @@ def encode_rows(
         rows=len(data.rows),
         completions=sum(len(row.completions) for row in data.rows),
         pairs=sum(len(row.pairs) for row in data.rows),
-        repairs=dict(tokenizer.counts - repaired),
+        repairs=dict(repair_counts(tokenizer) - repaired),
         **counts,
     )
     return TokenizedData(replace(data, rows=rows), tokenizer, report, prompts, completions)
@@ -1024,7 +1004,7 @@ def _cut_prompt(prompt: list[int], tokenizer: Tokenizer, limit: int, truncation:
         )
     if truncation == "keep_start":
         return prompt[:limit]
-    head = prompt[:1] if limit > 1 and prompt[0] == tokenizer.bos else []
+    head = prompt[:1] if limit > 1 and prompt[0] == getattr(tokenizer, "bos", None) else []
     return head + prompt[len(prompt) - limit + len(head) :]
 
 

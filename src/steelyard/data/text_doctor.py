@@ -1,8 +1,8 @@
 """The data doctor for text: what is wrong or odd with prompts and completions, found before it costs a training run.
 
-`diagnose_text` reads rows as training would and adds what training does not ask: is the chosen answer simply the longer
-one, do prompts leak into the held-out file, do two people contradict each other. A "fault" makes training wrong or wastes
-rows, a "warning" wants a look, a "note" is worth knowing. Every finding names a row.
+`diagnose_text` tokenises rows as training would and adds what training does not ask: is the chosen answer simply the
+longer one, do prompts leak into the held-out file, do two people contradict each other. A "fault" makes training wrong
+or wastes rows, a "warning" wants a look, a "note" is worth knowing. Every finding names a row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from steelyard.data.doctor import Finding, Severity, print_findings
 from steelyard.data.preferences import Kind, TextData, TextRow, TokenizedData, encode_rows, prompt_key
-from steelyard.data.tokenizer import REPAIRS, Text, Tokenizer, plain
+from steelyard.data.tokenizer import REPAIRS, Text, Tokenizer, plain, record_of
 from steelyard.errors import DataError
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -163,7 +163,7 @@ _ROW_FINDINGS: dict[str, tuple[Severity, str]] = {
 def diagnose_text(
     data: TextData,
     tokenizer: Tokenizer,
-    context: int = 1024,
+    context: int | None = None,
     held_out: TextData | None = None,
     unreadable: Sequence[DataError] = (),
 ) -> TextReport:
@@ -172,14 +172,14 @@ def diagnose_text(
     Args:
         data: the rows.
         tokenizer: what lengths and masks are judged by.
-        context: tokens of a prompt and a completion together.
+        context: tokens of a prompt and a completion together; None: not judged.
         held_out: rows for evaluation: no prompt of theirs may be among `data`.
         unreadable: errors of rows that could not be read (`on_error` of `read_text_data`).
     """
     found = _Found()
     seen: dict[str, str] = {}
     preferred: dict[tuple[str, str, str], str] = {}
-    prompts: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for row in data.rows:
         _examine(row, data.kind, found)
         key = prompt_key(row)
@@ -187,8 +187,8 @@ def diagnose_text(
         whole = json.dumps([key, texts, row.pairs, row.labels])
         if seen.setdefault(whole, row.where) != row.where:
             found.add("duplicates", f"{row.where}, equal to {seen[whole]}")
-        elif data.kind != "text" and prompts.setdefault(key, row.where) != row.where:
-            found.add("repeated-prompts", f"{row.where}, as {prompts[key]}")
+        elif keys.setdefault(key, row.where) != row.where:
+            found.add("repeated-prompts", f"{row.where}, as {keys[key]}")
         for chosen, rejected in row.pairs:
             if (key, texts[rejected], texts[chosen]) in preferred and texts[chosen] != texts[rejected]:
                 earlier = preferred[key, texts[rejected], texts[chosen]]
@@ -198,9 +198,9 @@ def diagnose_text(
     tokens = encode_rows(data, tokenizer, UNLIMITED, UNLIMITED, "error")
     ends = np.repeat(tokens.prompt_lengths, np.diff(tokens.row_offsets)) + tokens.completion_lengths
     row_of = np.repeat(np.arange(len(tokens)), np.diff(tokens.row_offsets))
-    for number in np.flatnonzero(ends > context):
+    for number in np.flatnonzero(ends > (context or UNLIMITED)):
         row = tokens.data.rows[row_of[number]]
-        full = tokens.prompt_lengths[row_of[number]] >= context
+        full = context is not None and tokens.prompt_lengths[row_of[number]] >= context
         found.add("fully-truncated" if full else "over-context", row.where)
 
     findings = [
@@ -220,15 +220,169 @@ def diagnose_text(
         )
     findings += [Finding("left-out", "warning", note) for note in data.notes]
     if held_out is not None:
-        leaked = [row for row in held_out.rows if prompt_key(row) in prompts or data.kind == "text"
-                  and prompt_key(row) in {prompt_key(other) for other in data.rows}]  # fmt: skip
+        leaked = [row for row in held_out.rows if prompt_key(row) in keys]
         if leaked:
-            findings.append(
-                Finding("leak", "fault", f"{len(leaked)} of {len(held_out)} held-out rows have a prompt that is also in "
-                        f"{data.source}, the first at {leaked[0].where} of {held_out.source}")
-            )  # fmt: skip
-    summary = _summary(data, tokens, prompts)
+            sentence = (
+                f"{len(leaked)} of {len(held_out)} held-out rows have a prompt that is also in {data.source}, the "
+                f"first at {leaked[0].where} of {held_out.source}"
+            )
+            findings.append(Finding("leak", "fault", sentence))
+    summary = _summary(data, tokens, len(keys))
     findings += _judged(data, summary)
     order = {"fault": 0, "warning": 1, "note": 2}
     findings.sort(key=lambda finding: order[finding.severity])
     return TextReport(tuple(findings), summary, _example(tokens))
+
+
+def _examine(row: TextRow, kind: Kind, found: _Found) -> None:
+    """Add what is wrong with one row by itself."""
+    texts = [plain(completion) for completion in row.completions]
+    for text in texts:
+        if not text.strip():
+            found.add("empty-completion", row.where)
+    for (chosen, rejected), margin in zip(row.pairs, row.margins(), strict=True):
+        if texts[chosen] == texts[rejected]:
+            found.add("identical", row.where)
+        elif margin == 0:
+            found.add("ties", row.where)
+        elif margin < 0:
+            found.add("negative-margin", row.where)
+    contents = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
+    if kind != "text" and not any(content.strip() for content in contents):
+        found.add("empty-prompt", row.where)
+    everything = "".join([*contents, *texts])
+    if "\ufffd" in everything:
+        found.add("replacement-characters", row.where)
+    # category Cc: C0 and C1 controls; line breaks and tabs are what text is made of
+    if not everything.isprintable() and any(
+        unicodedata.category(letter) == "Cc" and letter not in "\n\r\t" for letter in set(everything)
+    ):
+        found.add("control-characters", row.where)
+    if not isinstance(row.prompt, str):
+        roles = [message["role"] for message in row.prompt]
+        turns = roles[1:] if roles[0] == "system" else roles
+        if "tool" not in turns and turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+            found.add("role-order", f"{row.where} ({', '.join(roles)})")
+
+
+def _normal(completion: Text) -> str:
+    return " ".join(plain(completion).split()).casefold()
+
+
+def _summary(data: TextData, tokens: TokenizedData, prompts: int) -> TextSummary:
+    lengths = tokens.completion_lengths
+    columns = {"prompt": tokens.prompt_lengths}
+    longer = correlation = desirable = None
+    labels = [label for row in tokens.data.rows for label in row.labels or ()]
+    if data.kind == "preference":
+        bases = tokens.row_offsets
+        chosen, rejected = (
+            lengths[[bases[number] + pair[side] for number, row in enumerate(tokens.data.rows) for pair in row.pairs]]
+            for side in (0, 1)
+        )
+        columns |= {"chosen": chosen, "rejected": rejected}
+        different = int((chosen != rejected).sum())
+        longer = _share(int((chosen > rejected).sum()), different)
+        margins = np.array([margin for row in tokens.data.rows for margin in row.margins()])
+        correlation = _correlation(chosen - rejected, margins)
+    elif len(lengths):
+        columns["completion"] = lengths
+        rewards = [reward for row in tokens.data.rows for reward in row.rewards or ()]
+        for values in (rewards, labels):
+            if len(values) == len(lengths):
+                correlation = correlation or _correlation(lengths, np.array(values))
+        if labels:
+            desirable = _share(round(sum(labels)), len(labels))
+    return TextSummary(
+        kind=data.kind,
+        rows=len(data),
+        prompts=prompts,
+        completions=sum(len(row.completions) for row in data.rows),
+        pairs=sum(len(row.pairs) for row in data.rows),
+        tokenizer=record_of(tokens.tokenizer),
+        quantiles={name: np.quantile(values, QUANTILES).tolist() for name, values in columns.items() if len(values)},
+        longer_chosen=longer,
+        length_correlation=correlation,
+        desirable=desirable,
+        content_hash=data.content_hash,
+    )
+
+
+def _share(count: int, total: int) -> Share | None:
+    """Return count / total with Wilson's interval."""
+    if not total:
+        return None
+    z2 = 1.96**2
+    share, widened = count / total, 1 + z2 / total
+    centre = (share + z2 / (2 * total)) / widened
+    half = math.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / widened
+    return Share(share, max(0.0, centre - half), min(1.0, centre + half), total)
+
+
+def _correlation(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> Share | None:
+    """Return Pearson's correlation with Fisher's interval; None where it is not defined."""
+    known = np.isfinite(second)
+    first, second = first[known].astype(np.float64), second[known].astype(np.float64)
+    if len(first) < 4 or first.std() == 0 or second.std() == 0:
+        return None
+    value = float(np.clip(np.corrcoef(first, second)[0, 1], -1, 1))
+    if abs(value) > 1 - 1e-12:
+        return Share(value, value, value, len(first))
+    centre, half = math.atanh(value), 1.96 / math.sqrt(len(first) - 3)
+    return Share(value, math.tanh(centre - half), math.tanh(centre + half), len(first))
+
+
+def _judged(data: TextData, summary: TextSummary) -> list[Finding]:
+    """Return findings about the whole."""
+    findings = []
+    longer, desirable = summary.longer_chosen, summary.desirable
+    if longer is not None and not longer.low <= 0.5 <= longer.high:
+        word, share = "longer", longer
+        if longer.value < 0.5:
+            word, share = "shorter", Share(1 - longer.value, 1 - longer.high, 1 - longer.low, longer.count)
+        sentence = (
+            f"the chosen completion is the {word} one in a share of {share} of {share.count} pairs; whoever prefers "
+            f"the {word} one is right that often"
+        )
+        findings.append(Finding("length-bias", "warning" if share.value >= BIASED else "note", sentence))
+    if desirable is not None and not 1 - ONE_SIDED <= desirable.value <= ONE_SIDED:
+        findings.append(
+            Finding("label-imbalance", "warning", f"{desirable.value:.1%} of {desirable.count} labels are desirable; "
+                    "weigh the rarer ones (KTO's weights)")
+        )  # fmt: skip
+    rewards = [row.rewards for row in data.rows if row.rewards]
+    flat = {reward for row in rewards for reward in row}
+    if len(flat) == 1 and len(rewards) > 1:
+        findings.append(Finding("constant-reward", "warning", f"every reward is {flat.pop():g}"))
+    groups = [row for row in rewards if len(row) > 1]
+    level = sum(len(set(row)) == 1 for row in groups)
+    if data.kind == "completion" and level:
+        findings.append(
+            Finding("level-groups", "note", f"{level} of {len(groups)} prompts have equal rewards on all completions, "
+                    "which teach a group baseline nothing")
+        )  # fmt: skip
+    return findings
+
+
+def _example(tokens: TokenizedData) -> tuple[tuple[str, int, bool], ...]:
+    """Return the end of the first prompt and the beginning and end of its first completion, as (text, id, scored)."""
+    if not len(tokens):
+        return ()
+    prompts, mask = tokens.prompts([0])
+    prompt = prompts[0][mask[0] > 0].tolist()
+    completion = (tokens.completion_ids([0]) or [[]])[0]
+    names = {tokens.tokenizer.eos: "EOS", getattr(tokens.tokenizer, "bos", None): "BOS"}
+
+    def named(ids: list[int], scored: bool) -> list[tuple[str, int, bool]]:
+        return [(names.get(token) or repr(tokens.tokenizer.decode([token]))[1:-1] or "special", token, scored)
+                for token in ids]  # fmt: skip
+
+    parts = [(prompt, 2, 8, False), (completion, 6, 4, True)]
+    rows: list[tuple[str, int, bool]] = []
+    for ids, head, tail, scored in parts:
+        if len(ids) <= head + tail:
+            rows += named(ids, scored)
+        else:
+            gap = (f"... {len(ids) - head - tail} more", -1, scored)
+            rows += [*named(ids[:head], scored), gap, *named(ids[-tail:], scored)]
+    return tuple(rows)

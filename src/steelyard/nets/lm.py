@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.util
 import json
@@ -45,11 +46,13 @@ from steelyard.nets.completions import (
     prompt_lengths,
     spread,
 )
+from steelyard.nets.lm_layers import adapted_linear, grouped_attention
 
 Reference = Literal["adapter_off", "copy", "none"]
 RECORD = "steelyard_model.json"
 """Beside saved weights: what `load_language_model` needs to know of them."""
 VALUE_HEAD = "value_head.safetensors"
+GROUPED = "steelyard_grouped"
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,9 @@ class LanguageModelConfig(Config):
     auto: without its adapter where that is the model as loaded, otherwise a copy."""
     value_head: bool = False
     """Also learn a value of every token's state (PPO)."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Implementation of attention; auto: eager on a CPU, where it is faster for short sequences, and sdpa elsewhere."""
+    attention: Literal["auto", "grouped", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Implementation of attention: the library's own without repeated keys (grouped), or one of `transformers`; auto:
+    grouped on a CPU, where it is faster for short sequences, or eager where the model needs it, and sdpa elsewhere."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of layers for the backward pass and compute the rest again: less memory, slower."""
     share_prompts: bool = True
@@ -259,7 +263,7 @@ class CausalLM(nn.Module):
         if visible is None:
             return {"input_ids": rows.tokens}
         mask = visible[:, None]
-        if self.network.config._attn_implementation == "eager":
+        if self.network.config._attn_implementation != "sdpa":
             dtype = self.network.get_input_embeddings().weight.dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return {"input_ids": rows.tokens, "attention_mask": mask, "position_ids": rows.positions}
@@ -287,7 +291,7 @@ class CausalLM(nn.Module):
         settings = self.network.config.get_text_config()
         kinds = set(getattr(settings, "layer_types", None) or ())
         windows = kinds - {"full_attention"} if kinds else getattr(settings, "sliding_window", None)
-        if windows or settings._attn_implementation not in ("eager", "sdpa"):
+        if windows or settings._attn_implementation not in (GROUPED, "eager", "sdpa"):
             return False
         tokens = _trial(self.network)
         whole = torch.ones(1, 4)
@@ -434,6 +438,8 @@ def load_language_model(config: LanguageModelConfig, generator: torch.Generator)
     _no_dropout(network.config)
     _set_attention(network, config, generator.device)
     peft = _with_adapter(network, config, adapter_folder, generator)
+    if peft is not None:
+        _speed_up(peft)
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
         network.enable_input_require_grads() if peft is not None else None
@@ -478,16 +484,30 @@ def _pretrained(source: str, config: LanguageModelConfig) -> Any:
 
 
 def _set_attention(network: Any, config: LanguageModelConfig, device: torch.device) -> None:
-    name = config.attention
-    if name == "auto":
-        name = "eager" if device.type == "cpu" else "sdpa"
+    """Choose the implementation of attention; the library's own only where it agrees with the model's."""
+    transformers = require("transformers", "lm")
+    transformers.AttentionInterface.register(GROUPED, grouped_attention)
+    masks = require("transformers.masking_utils", "lm")
+    transformers.AttentionMaskInterface.register(GROUPED, masks.eager_mask)
+    automatic = "grouped" if device.type == "cpu" else "sdpa"
+    wanted = automatic if config.attention == "auto" else config.attention
+    tokens = _trial(network)
     try:
-        network.set_attn_implementation(name)
-    except (ValueError, ImportError) as error:
-        if config.attention != "auto":
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"attention {name!r} does not work with {config.name}: {reason}") from None
+        if wanted != "grouped":
+            network.set_attn_implementation(wanted)
+            return
         network.set_attn_implementation("eager")
+        with torch.no_grad():
+            expected = network(input_ids=tokens, use_cache=False).logits
+            network.set_attn_implementation(GROUPED)
+            if _close(network(input_ids=tokens, use_cache=False).logits, expected):
+                return
+        reason = "it gives other results than the model's own attention"
+    except (ValueError, ImportError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+    if config.attention != "auto":
+        raise ConfigError(f"attention {config.attention!r} does not work with {config.name}: {reason}")
+    network.set_attn_implementation("eager")
 
 
 def _no_dropout(settings: Any) -> None:
@@ -526,6 +546,25 @@ def _with_adapter(network: Any, config: LanguageModelConfig, folder: Path | None
         elif "lora_B" in name:
             nn.init.zeros_(parameter)
     return model
+
+
+def _speed_up(peft_model: Any) -> None:
+    """Let plain adapters of linear layers compute as one matrix (`adapted_linear`)."""
+    layers = require("peft.tuners.lora", "lm")
+    for module in peft_model.modules():
+        if type(module) is layers.Linear and type(module.base_layer) is nn.Linear and not module.lora_variant:
+            module.forward = functools.partial(_adapted_forward, module)
+
+
+def _adapted_forward(module: Any, x: Tensor) -> Tensor:
+    """Stand in for the forward pass of a `peft` linear layer with one plain adapter."""
+    base = module.base_layer
+    if module.disable_adapters or module.merged:
+        result: Tensor = base(x)
+        return result
+    (name,) = module.active_adapters
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    return adapted_linear(x, base.weight, base.bias, a, b, module.scaling[name])
 
 
 def _tiny(generator: torch.Generator) -> Any:

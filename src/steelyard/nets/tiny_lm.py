@@ -7,7 +7,9 @@ Shapes: P prompts, N completions, L prompt tokens, T completion tokens, W width.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Literal, Self
 
 import torch
@@ -101,6 +103,19 @@ class TinyLM(nn.Module):
             DataError: a prompt and its completion do not fit into the context.
         """
         return TinyReader(self.transformer, prompts, prompt_mask, n, max_new_tokens)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Let the model be its reference for a while, e.g. to sample from it; without gradients."""
+        if self.reference is None:
+            raise ConfigError("the model has no reference; build it with reference='copy'")
+        own, reference = self.transformer, self.reference
+        try:
+            self.transformer = reference
+            with torch.no_grad():
+                yield
+        finally:
+            self.transformer = own
 
     def trainable(self) -> dict[str, tuple[nn.Parameter, ...]]:
         """Return the transformer's parameters as "policy" and the value head, where there is one, as "value"."""

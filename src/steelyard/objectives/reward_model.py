@@ -39,7 +39,7 @@ from torch.nn.functional import logsigmoid
 from steelyard.config import Config, require_positive, require_range
 from steelyard.data.experience import ExperienceBatch
 from steelyard.errors import ConfigError, NonFiniteError
-from steelyard.nets.completions import plain_rows, prompt_lengths
+from steelyard.nets.completions import plain_rows
 from steelyard.nets.transformer import Transformer
 from steelyard.objectives.base import Group, Learner, Metrics, Phase
 from steelyard.objectives.preference.pairs import of_pairs
@@ -78,8 +78,8 @@ class RewardModel(Learner):
 
     Args:
         config: of the objective.
-        backbone: a `Transformer`, or a language model with `hidden(tokens, mask)` [R, C, W], its `width` W, and
-            `trainable()`.
+        backbone: a `Transformer`, or a language model (`nets.lm.CausalLM`): anything with `final_states(batch)`
+            [N, W], `width` and `trainable()`.
         generator: draws the head.
     """
 
@@ -101,15 +101,12 @@ class RewardModel(Learner):
 
     def reward(self, batch: ExperienceBatch) -> Tensor:
         """Return r(x, y) float32 [N] of each completion, with gradients where they are enabled."""
-        tokens = plain_rows(batch).tokens  # [N, C]: prompt, completion, padding on the right
-        last = _last_columns(batch)
-        mask = (torch.arange(tokens.shape[1], device=tokens.device) <= last[:, None]).float()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
             if isinstance(self.backbone, Transformer):
-                hidden = self.backbone.features(tokens)
+                rows = plain_rows(batch)
+                features = self.backbone.features(rows.tokens).flatten(0, 1)[rows.ends]
             else:
-                hidden = self.backbone.hidden(tokens, mask)  # type: ignore[operator]
-        features = hidden[torch.arange(len(tokens), device=tokens.device), last]
+                features = self.backbone.final_states(batch)  # type: ignore[operator]
         return (features.float() * self.head).sum(1)
 
     def loss_reward(self, batch: ExperienceBatch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
@@ -170,13 +167,6 @@ class RewardModel(Learner):
                     }
                 )
         return rows
-
-
-def _last_columns(batch: ExperienceBatch) -> Tensor:
-    """Return int64 [N], the column of each completion's last scored token in `plain_rows`."""
-    columns = torch.arange(1, batch.scored_mask.shape[1] + 1, device=batch.scored_mask.device)
-    used = (batch.scored_mask * columns).amax(1).long()
-    return prompt_lengths(batch.prompt_mask)[batch.prompt_of] + used - 1
 
 
 def _trainable(backbone: nn.Module) -> tuple[nn.Parameter, ...]:

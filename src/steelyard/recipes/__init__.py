@@ -6,5 +6,6 @@ RECIPES = {
     "cal_ql": "Cal-QL: calibrated offline pre-training for fast online fine-tuning, against CQL, IQL and others",
     "reds": "CQL (ReDS): a support constraint by re-weighting, on data whose noise depends on the place",
     "discrete": "CQL, Cal-QL and ReDS over discrete actions from pixels, against cloning",
+    "preference_study": "preference fine-tuning: on-policy sampling, reuse and the negative gradient at three scales",
 }
 """Name of the module in this package -> one line for `steelyard run --help`."""

@@ -116,7 +116,7 @@ def run_bandit(case: BanditCase, seed: int) -> list[Row]:
         row |= problem.measure(model, unseen)
         if batch is not None:
             row |= displacement(model, batch)
-        rows.append(row | {"negative_mass": mass, "skipped": skipped, "status": "ok"})
+        rows.append(row | {"negative_mass": abs(mass), "skipped": skipped, "status": "ok"})
 
     look(0)
     for step in range(case.steps):
@@ -323,10 +323,24 @@ def _method(label: str, kind: str, on_policy: bool, **settings: Any) -> Method:
     return Method(label, PREFERENCE_OBJECTIVES[kind](**settings), on_policy)
 
 
+_RWR = {"standardise": "group", "tau": 1.0}
+_IPO = {"tau": 0.05}  # a gap of 10, as in the released bandit code
+_PPO = {"baseline": "group", "scale": "batch", "correction": "clip", "beta": 0.0}  # no critic, as there
 METHODS = {
+    "offline pref-ft": _method("offline Pref-FT", "pref_ft", False),
+    "offline best-of-n": _method("offline best-of-N", "best_of_n", False),
+    "offline rwr": _method("offline RWR", "rwr", False, **_RWR),
     "offline dpo": _method("offline DPO", "dpo", False, beta=0.1),
+    "offline ipo": _method("offline IPO", "ipo", False, **_IPO),
+    "on-policy best-of-n": _method("on-policy best-of-N", "best_of_n", True),
+    "on-policy rwr": _method("on-policy RWR", "rwr", True, **_RWR),
+    "on-policy rloo": _method("on-policy RLOO", "rloo", True, beta=0.0, correction="none"),
+    "on-policy ppo": _method("on-policy PPO", "reinforce", True, **_PPO),
     "on-policy dpo": _method("on-policy DPO", "dpo", True, beta=0.1),
+    "on-policy ipo": _method("on-policy IPO", "ipo", True, **_IPO),
 }
+"""The paper's methods. RLOO is REINFORCE with the other completions' mean as baseline, without a correction for reuse;
+PPO clips ratios and has a group baseline."""
 OFFLINE = tuple(name for name, method in METHODS.items() if not method.on_policy)
 REUSED = ("on-policy best-of-n", "on-policy rloo", "on-policy ppo", "on-policy ipo")
 TOKENS = ("offline best-of-n", "offline ipo", "on-policy best-of-n", "on-policy rloo", "on-policy ipo")
@@ -616,3 +630,33 @@ def write_csv(results: Results, study: BanditStudy, out: Path) -> None:
     for name, rows in (("bandit_tuning.csv", tuning), ("bandit_rows.csv", reported)):
         with (out / name).open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([[*names, *values, "area"], *rows])
+
+
+PRESETS = {
+    # about 390,000 updates: some 12 CPU-minutes
+    "tiny": BanditStudy(),
+    "small": BanditStudy(
+        seeds=tuple(range(5, 25)),
+        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        matched_targets=("misaligned", "aligned"),
+        fixed_rates=(1e-3, 3e-3, 1e-2),
+        negatives=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
+        reuse_samples=(1, 2, 5, 10, 20, 50),
+        reuse_steps=(1, 2, 5, 10, 20, 50, 100),
+    ),
+    # the released scripts' lengths and rates: hours
+    "paper": BanditStudy(
+        seeds=tuple(range(5, 25)),
+        learning_rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        matched_targets=("misaligned", "aligned"),
+        fixed_rates=(1e-3, 3e-3, 1e-2),
+        refreshes=100,
+        short_refreshes=30,
+        reuse=15,
+        offline_steps=200,
+        negatives=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
+        reuse_samples=(1, 2, 5, 10, 20, 50),
+        reuse_steps=(1, 2, 5, 10, 20, 50, 100),
+        prompt_grid=(5, 10, 20, 50, 100, 200, 500, 1000),
+    ),
+}

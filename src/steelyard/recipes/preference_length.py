@@ -52,7 +52,10 @@ PRESETS: dict[str, LengthStudy] = {
         seeds=tuple(range(10, 18)),
         tuning_seeds=(0, 1),
         learning_rates=(3e-4, 1e-3, 3e-3, 1e-2),
-        steps=200,
+        sft_steps=600,
+        reward_model_steps=200,
+        steps=150,
+        evaluate_every=10,
         reuse=(1, 2, 4, 8),
         refresh=(2, 4, 8),
     ),
@@ -115,7 +118,7 @@ def run(config: LengthStudy, out: Path, workers: int, console: Console) -> list[
     failed = [row for row in rows if row["values"]["status"] != "done"]
     for row in failed:
         console.print(f"failed: {row['name']}: {row['values']['message']}", markup=False, highlight=False)
-    return sections(config, rows, tuning, chosen, kept, LENGTH_METHODS)
+    return sections(config, rows, tuning, chosen, kept)
 
 
 def arms_of(config: LengthStudy, task: TaskName, method: str) -> tuple[Literal["learned", "gold", "pairs"], ...]:

@@ -82,12 +82,14 @@ LENGTH_METHODS: dict[str, LengthMethod] = {
     "dpo": LengthMethod("DPO", "dpo", {"beta": 0.1}, negative=True),
     "ipo": LengthMethod("IPO", "ipo", {"tau": 0.05}, negative=True),
     "best_of_n": LengthMethod("on-policy best of N", "best_of_n", on_policy=True),
-    "rwr": LengthMethod("on-policy RWR", "rwr", on_policy=True),
-    "rloo": LengthMethod("RLOO", "rloo", on_policy=True, negative=True),
-    "ppo": LengthMethod("PPO", "ppo", on_policy=True, negative=True),
+    "rwr": LengthMethod("on-policy RWR", "rwr", {"tau": 1.0, "standardise": "group"}, on_policy=True),
+    "rloo": LengthMethod("RLOO", "rloo", {"beta": 0.0}, on_policy=True, negative=True),
+    "ppo": LengthMethod("PPO", "ppo", {"beta": 0.0}, on_policy=True, negative=True),
     "online_dpo": LengthMethod("on-policy DPO", "dpo", {"beta": 0.1}, True, True, "best_worst"),
     # of the reuse sweep only
-    "ppo_unclipped": LengthMethod("PPO without clipping", "ppo", {"epsilon": 1e6}, on_policy=True, negative=True),
+    "ppo_unclipped": LengthMethod(
+        "PPO without clipping", "ppo", {"beta": 0.0, "epsilon": 1.0, "epsilon_high": 1e6}, on_policy=True, negative=True
+    ),
 }
 
 
@@ -113,25 +115,25 @@ class LengthStudy(Config):
     """Width of the transformer (two layers, four heads)."""
     sft_examples: int = 4_000
     """Prompts with answers that the reference learns from."""
-    sft_steps: int = 400
+    sft_steps: int = 300
     """Updates of the reference."""
     train_prompts: int = 1_500
     """Prompts with two completions of the reference each; ties are dropped from them."""
     held_out_prompts: int = 200
     """The same for pairs that nothing is trained on, and for the reference's side of KL(reference, policy)."""
-    evaluation_prompts: int = 128
-    """Unseen prompts whose completions are evaluated."""
-    reward_model_steps: int = 200
+    evaluation_prompts: int = 64
+    """Unseen prompts to evaluate on: with one completion each during a run, with four at its end."""
+    reward_model_steps: int = 120
     """Updates of a reward model."""
     skew_rate: float = 0.2
     """Rate of the truncated exponential; skew_long has this sign, skew_short the other."""
-    steps: int = 100
+    steps: int = 60
     """Updates of every run."""
-    prompts_per_step: int = 16
+    prompts_per_step: int = 8
     """Prompts of an update, M; offline methods see as many completions: N / 2 pairs for each."""
     num_generations: int = 4
     """Completions of a prompt, N."""
-    evaluate_every: int = 10
+    evaluate_every: int = 5
     """Updates between evaluations."""
     reuse: tuple[int, ...] = (1, 8)
     """Sweep: passes T over each draw; as many updates, so fewer completions."""
@@ -503,9 +505,9 @@ class Judge:
         self._reference = _reference_batch(study, foundation)
 
     @torch.no_grad()
-    def short(self, model: TinyLM, n: int = 1) -> dict[str, float]:
+    def short(self, model: TinyLM) -> dict[str, float]:
         """Return gold and proxy reward, length and KL(policy || reference) of fresh completions."""
-        return self._fresh(model, n)[0]
+        return self._fresh(model, 1)[0]
 
     def _fresh(self, model: TinyLM, n: int) -> tuple[dict[str, float], ExperienceBatch, Tensor]:
         batch = sample(model, self._study, self._foundation.evaluation, n, self._seed)
@@ -523,7 +525,7 @@ class Judge:
     @torch.no_grad()
     def whole(self, model: TinyLM) -> dict[str, Any]:
         """Return everything that a table of results shows."""
-        means, batch, deltas = self._fresh(model, 2)
+        means, batch, deltas = self._fresh(model, 4)
         lengths, cap = batch.lengths, self._study.language.cap
         outputs = model.outputs(batch, entropies=True)
         assert outputs.entropies is not None
@@ -561,7 +563,7 @@ class Judge:
         }
 
 
-_KEPT = ("loss/negative_mass", "sampler/kl", "sampler/ess")
+_KEPT = ("loss/negative_mass", "kl/sampler", "sampler/effective_share", "clip_ratio/low_mean", "clip_ratio/high_mean")
 _COUNTED = {"generated_tokens": "data/generated_tokens", "reward_queries": "data/reward_queries"}
 
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,11 @@ def save(
     source: dict[str, Tensor],
     state: dict[str, Any],
     score: float | None = None,
+    also: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write checkpoint `step` under `folder`, then remove all but the last and the best. Return its directory.
+
+    `also` may write further files into pretrained/, whose path it is given.
 
     Errors of the file system are never swallowed: they stop the run and leave the earlier checkpoints as they are.
     """
@@ -85,6 +89,7 @@ def save(
             "training_state/state.json": state,
         },
         {"step": step, "score": score},
+        also,
     )
     if final.exists():
         _remove(final)
@@ -108,9 +113,15 @@ def prune(folder: Path) -> None:
             _remove(path)
 
 
-def write_files(target: Path, files: dict[str, dict[str, Any]], header: dict[str, Any]) -> None:
+def write_files(
+    target: Path,
+    files: dict[str, dict[str, Any]],
+    header: dict[str, Any],
+    also: Callable[[Path], None] | None = None,
+) -> None:
     """Write JSON and safetensors files and their manifest into the new directory `target`, and sync them to disk."""
-    entries = {}
+    if also is not None:
+        also(target / "pretrained")
     for name, content in files.items():
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,13 +129,17 @@ def write_files(target: Path, files: dict[str, dict[str, Any]], header: dict[str
             path.write_text(_text(content))
         else:
             safetensors.torch.save_file({k: v.detach().contiguous().clone() for k, v in content.items()}, path)
+    entries = {}
+    there = (path.relative_to(target).as_posix() for path in sorted(target.rglob("*")) if path.is_file())
+    for name in dict.fromkeys([*files, *there]):
+        path = target / name
         _sync(path)
         entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {"format": FORMAT, **header, "files": entries}
     manifest["manifest_sha256"] = _plain_hash(manifest)
     (target / MANIFEST).write_text(_text(manifest))
     _sync(target / MANIFEST)
-    for inner in {(target / name).parent for name in files} | {target}:
+    for inner in {(target / name).parent for name in entries} | {target}:
         _sync(inner)
 
 

@@ -83,9 +83,9 @@ def launched(work: Callable[P, T]) -> Callable[P, T]:
     return joined
 
 
-def run_dir(path: str | Path) -> RunDir:
+def run_dir(path: str | Path, more_logs: tuple[str, ...] = ()) -> RunDir:
     """Return the run directory, which only the main process writes to."""
-    return RunDir(path) if is_main() else _ReadOnly(path)
+    return (RunDir if is_main() else _ReadOnly)(path, more_logs)
 
 
 def shards_of(shards: int, batch_size: int, begun: bool = False) -> int:

@@ -427,7 +427,8 @@ class ExperienceSource:
         """
         if not (self.needs.reference or self.needs.values):
             return batch
-        chunks = torch.arange(len(batch.prompts)).split(max(1, self.config.minibatch_prompts // self.shards))
+        size = max(1, self.config.minibatch_prompts // self.shards)
+        chunks = torch.split(torch.arange(len(batch.prompts)), size)
         mine = {
             f"{number}.{name}": value
             for number in range(distributed.rank(), len(chunks), distributed.world())
@@ -436,7 +437,7 @@ class ExperienceSource:
         every = {name: value for found in distributed.exchange(mine) for name, value in found.items()}
         names = {name.partition(".")[2] for name in every}
         judged = {name: torch.cat([every[f"{k}.{name}"] for k in range(len(chunks))]) for name in sorted(names)}
-        return replace(batch, **judged)  # type: ignore[arg-type]  # rows stand by prompt, in the batch as in the parts
+        return replace(batch, **judged)  # rows stand by prompt, in the batch as in the parts
 
     @torch.no_grad()
     def _judgement(self, batch: ExperienceBatch) -> dict[str, Tensor]:
@@ -507,7 +508,8 @@ class ExperienceSource:
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self._parameters.values())).device
+        device: torch.device = next(iter(self._parameters.values())).device
+        return device
 
 
 # ---------------------------------------------------------------------------------------------- what is legal

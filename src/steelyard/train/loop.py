@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -144,6 +145,7 @@ def fit(
     evaluate: Evaluate | None = None,
     quiet: bool = False,
     label: str | None = None,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """Carry out updates start..stage.stop - 1 of a stage, with logs, evaluations and checkpoints.
 
@@ -160,6 +162,7 @@ def fit(
         evaluate: called on the stage's schedule.
         quiet: no progress on the terminal.
         label: of the progress line; default is the stage's name.
+        also: writes further files into pretrained/ of every checkpoint.
 
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the last good checkpoint stays.
@@ -184,6 +187,7 @@ def fit(
             source=source.state_tensors(),
             state={"update_step": step, "stage": stage.name, "logs": run.log_sizes()},
             score=score,
+            also=also,
         )
 
     def look(step: int) -> None:

@@ -8,6 +8,8 @@ metrics.jsonl        one row per log point
 eval.jsonl           one row per evaluation episode
 train_episodes.jsonl one row per episode of online training
 calibration.jsonl    Q against return-to-go samples
+pairs.jsonl          held-out pairs of a preference run
+samples.jsonl        texts that its policy wrote
 events.log           what happened, in words
 checkpoints/         see checkpoint.py
 """
@@ -29,8 +31,8 @@ LOGS = ("metrics.jsonl", "eval.jsonl", "train_episodes.jsonl", "calibration.json
 class RunDir:
     """Writes a run's files. Logs only grow; a resume first cuts them back to what its checkpoint had seen."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, more_logs: tuple[str, ...] = ()) -> None:
+        self.path, self.logs = Path(path), (*LOGS, *more_logs)
 
     @property
     def checkpoints(self) -> Path:
@@ -42,7 +44,7 @@ class RunDir:
         if (self.path / "config.json").exists():
             raise CheckpointError(f"{self.path}: holds a run already; resume it, or choose another directory")
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in LOGS:
+        for name in self.logs:
             (self.path / name).touch()
 
     def write_json(self, name: str, content: Any) -> None:
@@ -74,11 +76,11 @@ class RunDir:
 
     def log_sizes(self) -> dict[str, int]:
         """Return the length of each log in bytes, for the checkpoint."""
-        return {name: (self.path / name).stat().st_size for name in LOGS}
+        return {name: (self.path / name).stat().st_size for name in self.logs}
 
     def sync_logs(self) -> None:
         """Wait until the logs have reached the disk."""
-        for name in LOGS:
+        for name in self.logs:
             with (self.path / name).open("rb") as file:
                 os.fsync(file.fileno())
 

@@ -1,10 +1,10 @@
 """Preference pairs of a model's own completions: sample, score, pair, export.
 
 The completions lie in a *pool*, a JSONL file with one row each, to which every batch of prompts is appended. A run that
-was stopped goes on after its last whole batch; samples are a pure function of (seed, prompt, number), batches are always
-the same ones, so what comes out is what an undisturbed run gives. Beside the pool `POOL.state.json` says what made it; a
-pool of other settings is refused, never mixed in. Pairs are made from the whole pool at the end, so another rule or gap
-needs no new samples.
+was stopped goes on after its last whole batch; samples are a pure function of (seed, prompt, number) and batches are
+always the same ones, so what comes out is what an undisturbed run gives. Beside the pool `POOL.state.json` says what
+made it; a pool of other settings is refused, never mixed in. Pairs are made from the whole pool at the end, so another
+rule or gap needs no new samples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +24,15 @@ from steelyard.bench.evidence import Floats, Ints, share_estimate
 from steelyard.bench.stats import Estimate, mean_estimate
 from steelyard.config import Config, plain, require_positive, require_range
 from steelyard.data.pairing import Pairing, PairingRule, pair_up
-from steelyard.data.preferences import TextData, TextRow, TokenizedData, Truncation
+from steelyard.data.preferences import Layout, TextData, TextRow, TokenizedData, Truncation, write_text_data
 from steelyard.envs.samplers import Sampler, SamplingConfig, texts
 from steelyard.envs.scorers import CompletionScorer, as_turn, checked_scores
 from steelyard.errors import DataError
 from steelyard.rng import numpy_generator, torch_generator
 from steelyard.train.progress import ProgressLine
 
+WRITTEN = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "margin")
+"""Columns of the pairs; columns of the data with such names are left out."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -98,7 +100,7 @@ class Pool:
         return len(self.completions)
 
 
-def prompts_only(data: TextData, limit: int | None = None) -> TextData:
+def prompts_only(data: TextData) -> TextData:
     """Return the different prompts of any text data, in order, without their completions.
 
     Raises:
@@ -110,12 +112,12 @@ def prompts_only(data: TextData, limit: int | None = None) -> TextData:
     for row in data.rows:
         key = row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt, sort_keys=True)
         rows.setdefault(key, TextRow(row.prompt, columns=row.columns, where=row.where))
-    return TextData("prompt", list(rows.values())[:limit], data.source, data.notes)
+    return TextData("prompt", list(rows.values()), data.source, data.notes)
 
 
 def fill_pool(
     path: Path,
-    model: str,
+    identity: dict[str, str],
     data: TokenizedData,
     sampler: Sampler,
     scorer: CompletionScorer,
@@ -126,7 +128,7 @@ def fill_pool(
 
     Args:
         path: of the pool.
-        model: what the sampler's model is called.
+        identity: what tells this model and these prompts from others; a pool of others is refused.
         data: prompts.
         sampler: draws completions.
         scorer: gives rewards.
@@ -137,7 +139,7 @@ def fill_pool(
         DataError: the pool was made by other settings.
     """
     state = path.with_name(path.name + ".state.json")
-    made_by = {"model": model, "data": data.content_hash, "scorer": scorer.name, **config.of_pool()}
+    made_by = {**identity, "scorer": scorer.name, **config.of_pool()}
     total, size = len(data), config.batch_prompts
     if path.exists() and not state.is_file():
         raise DataError(f"{path}: already exists and is no pool of this command (no {state.name} beside it)")
@@ -218,10 +220,10 @@ def rows_of_pairs(pool: Pool, pairing: Pairing, data: TokenizedData) -> list[Tex
     for (chosen, rejected), margin in zip(pairing.pairs.tolist(), pairing.margins.tolist(), strict=True):
         prompt = pool.prompts[chosen]
         number = int(pool.prompt_of[chosen])
-        columns = {name: values[0] for name, values in data.columns([number]).items()}
+        columns = {name: values[0] for name, values in data.columns([number]).items() if name not in WRITTEN}
         turns = tuple(as_turn(prompt, pool.completions[row]) for row in (chosen, rejected))
         rewards = (float(pool.rewards[chosen]), float(pool.rewards[rejected]))
-        found.append(TextRow(prompt, turns, None, rewards, ((0, 1),), margin, columns))  # type: ignore[arg-type]
+        found.append(TextRow(prompt, turns, None, rewards, ((0, 1),), margin, columns))
     return found
 
 
@@ -322,12 +324,9 @@ def _write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-Layout = Literal["trl", "openrlhf"]
-
-
 def make_pairs(
     out: Path,
-    model: str,
+    identity: dict[str, str],
     data: TokenizedData,
     sampler: Sampler,
     scorer: CompletionScorer,
@@ -343,21 +342,21 @@ def make_pairs(
     Raises:
         DataError: `out` exists, or no pair came out.
     """
-    from steelyard.data.preferences import write_text_data
-
     require_target(out)
     kept = out.with_name(out.name + ".pool.jsonl") if pool is None else pool
     for path in (out, kept):
         path.parent.mkdir(parents=True, exist_ok=True)
-    fill_pool(kept, model, data, sampler, scorer, config, quiet)
+    fill_pool(kept, identity, data, sampler, scorer, config, quiet)
     drawn = read_pool(kept, len(data))
     pairing = pair_pool(drawn, config)
     if not len(pairing):
         raise DataError(
-            f"{kept}: no pair came out of {len(drawn)} completions ({pairing.ties} ties, {pairing.too_close} too close, "
-            f"{pairing.unscorable} unscorable); the samples are kept there"
+            f"{kept}: no pair came out of {len(drawn)} completions ({pairing.ties} ties, {pairing.too_close} too "
+            f"close, {pairing.unscorable} unscorable); the samples are kept there"
         )
-    write_text_data(out, rows_of_pairs(drawn, pairing, data), layout)
+    partial = out.with_name(f".partial.{out.name}")
+    write_text_data(partial, rows_of_pairs(drawn, pairing, data), layout)
+    os.replace(partial, out)
     if pool is None:
         for path in (kept, kept.with_name(kept.name + ".state.json")):
             path.unlink()

@@ -40,9 +40,9 @@ def require_whole(batch: ExperienceBatch, what: str) -> None:
     """Check that this is a whole batch.
 
     Raises:
-        ConfigError: it is a part of one, whose own mean would be another.
+        ConfigError: it carries the counts of a larger one; its own mean would be another.
     """
-    if batch.counts is not None and float(batch.counts[0]) != batch.rows():
+    if batch.counts is not None:
         raise ConfigError(f"{what} is taken over a whole batch: call complete() before the batch is cut into parts")
 
 

@@ -73,7 +73,7 @@ class PreferenceNeeds:
         """Check that the data hold what the objective reads; what a learner can compute itself is not asked for.
 
         Raises:
-            DataError: a field is missing, or a prompt has too few completions.
+            DataError: a field is missing, or every prompt has too few completions.
         """
         wanted = (
             (self.pairs, batch.pairs, "pairs of chosen and rejected completions"),
@@ -86,10 +86,11 @@ class PreferenceNeeds:
             if needed and value is None:
                 raise DataError(f"objective {objective!r} needs {what}; the batch has none")
         if self.group > 1:
-            smallest = int(torch.bincount(batch.prompt_of, minlength=len(batch.prompts)).min())
-            if smallest < self.group:
+            # one group may have lost members (empty completions); all of them too small is a mistake
+            largest = int(torch.bincount(batch.prompt_of).max()) if len(batch) else self.group
+            if largest < self.group:
                 raise DataError(
-                    f"objective {objective!r} needs at least {self.group} completions of every prompt, found {smallest}"
+                    f"objective {objective!r} needs at least {self.group} completions of a prompt, found {largest}"
                 )
 
 

@@ -18,34 +18,14 @@ Completions without a reward are never chosen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from steelyard.config import require_positive
-from steelyard.data.experience import ExperienceBatch, Outputs
+from steelyard.data.experience import ExperienceBatch
 from steelyard.objectives.preference.advantages import grouped, spread
-from steelyard.objectives.preference.base import (
-    Aggregation,
-    LossParts,
-    Memory,
-    PreferenceConfig,
-    PreferenceNeeds,
-    aggregate,
-)
-from steelyard.objectives.preference.ratios import policy_metrics, weighted
-
-
-@dataclass(frozen=True)
-class WeightedConfig(PreferenceConfig):
-    """Base of the configs of objectives that imitate completions with weights of at least 0."""
-
-    aggregation: Literal["sequence_sum", "sequence_mean", "token_mean"] = "sequence_sum"
-    """Sum or mean over a completion's tokens and the mean over completions, or the mean over all tokens."""
-
-    @property
-    def needs(self) -> PreferenceNeeds:
-        """Rewards."""
-        return PreferenceNeeds(rewards=True)
+from steelyard.objectives.preference.base import Memory, PreferenceNeeds
+from steelyard.objectives.preference.weighted import WeightedConfig
 
 
 @dataclass(frozen=True)
@@ -68,23 +48,14 @@ class BestOfNConfig(WeightedConfig):
         return PreferenceNeeds(rewards=True, group=self.keep + 1)
 
 
-def best_of_n_complete(
-    batch: ExperienceBatch, config: BestOfNConfig, memory: Memory
-) -> tuple[ExperienceBatch, Memory]:
+def best_of_n_complete(batch: ExperienceBatch, config: BestOfNConfig, memory: Memory) -> tuple[ExperienceBatch, Memory]:
     """Return the batch with the weight of each completion."""
-    from dataclasses import replace
-
     assert batch.rewards is not None
-    table, column = grouped(batch.rewards, batch)  # [P, G]
+    table, column = grouped(batch.rewards, batch)  # [P, G], NaN where there is none
+    known = ~table.isnan()
     better = (table[:, None, :] > table[:, :, None]).sum(2)
-    tied = (table[:, None, :] == table[:, :, None]).sum(2).clamp(min=1)
-    share = ((config.keep - better) / tied).clamp(0, 1) * ~table.isnan()
-    known = (~table.isnan()).sum(1, keepdim=True)
-    weights = share * known / known.clamp(min=1, max=config.keep)
-    return replace(batch, advantages=spread(weights[batch.prompt_of, column].to(batch.rewards), batch)), dict(memory)
-
-
-def weighted_likelihood_loss(outputs: Outputs, batch: ExperienceBatch, config: WeightedConfig) -> LossParts:
-    """Return the weighted negative log-likelihood; the weights are the batch's `advantages`."""
-    loss = aggregate(weighted(outputs, batch), batch, config.aggregation)
-    return LossParts(loss, metrics=policy_metrics(outputs, batch))
+    tied = (table[:, None, :] == table[:, :, None]).sum(2)
+    share = ((config.keep - better) / tied.clamp(min=1)).clamp(0, 1) * known
+    size = known.sum(1, keepdim=True)
+    weights = (share * size / size.clamp(min=1, max=config.keep)).to(batch.rewards)
+    return replace(batch, advantages=spread(weights[batch.prompt_of, column], batch)), dict(memory)

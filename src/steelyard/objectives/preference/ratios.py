@@ -18,7 +18,7 @@ KL to the reference, with \delta = \log \pi - \log \pi_ref of a token, by an est
 | k3_ratio | \rho (e^{-\delta} - 1 + \delta) | that of the reverse KL |
 
 Schulman, "Approximating KL divergence" (2020), for the values; the gradients follow by differentiation. For sequences
-these hold token by token: as a loss, the effect of a token on the KL of later ones is left out. In the reward, the KL is
+these hold token by token: as a loss, the effect of a token on the KL of later ones is left out. In the reward the KL is
 a number that a baseline and a policy gradient treat like any other, and nothing is left out.
 
 Shapes: N completions, T completion tokens.
@@ -163,8 +163,8 @@ def policy_metrics(
     if batch.sampler_token_logps is not None:
         tokens = log_ratios_to_sampler(outputs, batch, "token")
         metrics["kl/sampler"] = (tokens.expm1() - tokens).sum(1)  # KL(sampler || policy), by k3: never negative
-        weights = (tokens.sum(1) - tokens.sum(1).max()).exp()
-        metrics["sampler/effective_share"] = weights.sum().square() / (len(weights) * weights.square().sum())
+        total = tokens.sum(1)  # (sum of ratios)^2 / sum of their squares, over completions
+        metrics["sampler/effective_share"] = (2 * total.logsumexp(0) - (2 * total).logsumexp(0)).exp() / len(batch)
     if clip is not None:
         log_ratio, low, high = clip
         ratio, advantages = log_ratio.exp(), batch.advantages
