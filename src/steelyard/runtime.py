@@ -18,7 +18,10 @@ import steelyard
 from steelyard.config import Config, require_positive
 from steelyard.errors import ConfigError
 
-PACKAGES = ("torch", "numpy", "safetensors", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "tyro", "pydantic")
+PACKAGES = (
+    "torch", "numpy", "safetensors", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "tyro", "pydantic",
+    "transformers", "tokenizers", "peft",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

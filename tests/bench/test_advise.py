@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import shlex
@@ -10,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import tyro
 
 from steelyard.bench.advise import NEAR_PEAK, Names, advise, as_json, place, side
 from steelyard.bench.evidence import (
@@ -40,10 +42,12 @@ from steelyard.envs.length import (
 )
 from steelyard.envs.samplers import LanguageModelSampler
 from steelyard.errors import DataError
+from steelyard.nets.lm import LanguageModelConfig
 from steelyard.nets.tiny_lm import TinyLM
 from steelyard.nets.transformer import TransformerConfig
 from steelyard.rng import torch_generator
-from steelyard.workflows.advise import AdviseConfig, observe, write_advice
+from steelyard.workflows.advise import AdviseConfig, observe, some_rows, write_advice
+from steelyard.workflows.reward_model import RewardModelRun
 
 NAMES = Names("smollm2", "pairs.jsonl", "contains:yes")
 
@@ -139,7 +143,7 @@ def test_the_threshold_lies_between_the_papers_bandits():
     """The exact shares near the peak under the reference: target 20 well above the threshold, target 70 well below."""
     shares = {}
     for scenario, target in TARGETS.items():
-        rewards, reference = BanditProblem(target).action_rewards().numpy(), reference_bins().numpy()
+        rewards, reference = BanditProblem(target).rewards(torch.arange(100)[:, None]).numpy(), reference_bins().numpy()
         spread = np.sqrt(reference @ rewards**2 - (reference @ rewards) ** 2)
         shares[scenario] = float(reference[rewards >= 1 - 0.5 * spread].sum())
     assert shares["aligned"] > 3 * NEAR_PEAK
@@ -282,8 +286,7 @@ def test_the_languages_own_answers_are_nearly_on_policy_and_long_ones_are_not(mo
     # text of another kind: letters that the language never puts side by side
     asked = draw_prompts(LANGUAGE, 32, torch_generator(5, "case"))
     tokenizer = Letters(LANGUAGE)
-    rows = [TextRow(tokenizer.decode(p.tolist()), ("vusqom", "zywqtaa"), pairs=((0, 1),)) for p in asked]
-    rows = [TextRow(row.prompt, ("vusqom", "vtrqjaa"), pairs=((0, 1),)) for row in rows]
+    rows = [TextRow(tokenizer.decode(p.tolist()), ("vusqom", "vtrqjaa"), pairs=((0, 1),)) for p in asked]
     data = tokenize(TextData("preference", rows, "foreign"), tokenizer)
     config = AdviseConfig(max_new_tokens=LANGUAGE.cap, batch_prompts=16)
     seen, _ = observe(model, LanguageModelSampler(model, config.sampling, EOS, PAD), data, None, config, quiet=True)
@@ -334,7 +337,45 @@ def test_an_observation_does_not_depend_on_its_batches(model):
     np.testing.assert_array_equal(first.pairs.prompt, np.arange(8))
 
 
+def test_a_large_set_is_not_tokenised_whole():
+    data = TextData("prompt", [TextRow(str(k)) for k in range(500)], "large")
+    some = some_rows(data, AdviseConfig(num_prompts=10))
+    numbers = [int(row.prompt) for row in some.rows]
+    assert len(numbers) == 20
+    assert numbers == sorted(set(numbers))
+    assert max(numbers) > 250
+    assert some_rows(data, AdviseConfig(num_prompts=10, seed=1)).rows != some.rows
+    assert len(some_rows(TextData("prompt", data.rows[:5]), AdviseConfig())) == 5
+
+
 # --- the rules ------------------------------------------------------------------------------------------------------
+
+
+def test_data_of_a_colder_distribution_are_foreign_too():
+    """Text that the model finds likelier than its own samples was not drawn from it either."""
+    for ratio in ((0.6, 0.8, 1.0), (-1.0, -0.8, -0.6)):
+        found = {a.topic: a for a in advise(planted(overlap=HIGH, log_ratio=ratio), NAMES)}
+        assert "foreign" in found["data"].verdict
+        assert found["data"].confidence == "clear"
+    near = {a.topic: a for a in advise(planted(overlap=HIGH, log_ratio=(-0.2, 0.0, 0.2)), NAMES)}
+    assert "own samples" in near["data"].verdict
+
+
+def test_long_data_are_compared_with_cut_samples_on_as_many_tokens(model):
+    """A limit below every length: lengths are alike then, and the head's log-probs decide."""
+    generator = torch_generator(1, "case")
+    asked = draw_prompts(LANGUAGE, 16, generator)
+    written, lengths = answers(asked, 2)
+    tokenizer = Letters(LANGUAGE)
+    pairs = label_pairs(LANGUAGE, "min", asked, written, lengths)
+    rows = [TextRow(row["prompt"], (row["chosen"], row["rejected"]), pairs=((0, 1),)) for row in pairs.rows(tokenizer)]
+    data = tokenize(TextData("preference", rows, "planted"), tokenizer)
+    config = AdviseConfig(max_new_tokens=4, batch_prompts=16)
+    seen, _ = observe(model, LanguageModelSampler(model, config.sampling, EOS, PAD), data, None, config, quiet=True)
+    assert seen.pairs.lengths.max() > 10
+    assert (seen.pairs.head_lengths <= 4).all()
+    assert (seen.pairs.head_logps >= seen.pairs.logps).all()
+    assert measure(seen).find("length_test").estimate.value > 0.05
 
 
 @pytest.mark.parametrize(
@@ -375,7 +416,7 @@ def test_data_beyond_the_models_reach_are_mixed_in():
         planted(near_peak=LOW, chosen_atypical=HIGH, agreement=HIGH, chosen_quantile=(0.93, 0.97, 1.0)), NAMES
     )
     assert "--source mixture" in found[0].commands[0]
-    assert "--offline-share" in found[0].commands[0]
+    assert "--experience.offline-share 0.5" in found[0].commands[0]
 
 
 def test_a_reward_model_that_guesses_sends_back_to_collecting_pairs():
@@ -440,7 +481,8 @@ def pair_observations(chosen_logp, count=32):
     shape = (count, 2)
     logps = np.full(shape, -10.0)
     logps[:, 0] = chosen_logp
-    return PairObservations(np.arange(count), np.full(shape, 5.0), logps, np.full(count, 0.5), np.full(count, 0.5))
+    lengths, half = np.full(shape, 5.0), np.full(count, 0.5)
+    return PairObservations(np.arange(count), lengths, logps, lengths, logps, half, half)
 
 
 def test_log_probs_alone_give_a_weak_answer():
@@ -463,6 +505,8 @@ def test_json_and_page(tmp_path, model):
     assert content["advice"][0]["topic"] == "method"
     text = page.read_text()
     assert "share of samples near the best reward known" in text
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert "<svg" in text or "data:image/png" in text  # the best-of-N curve
     assert advice["method"].commands[0] in page.with_suffix(".md").read_text().replace("\\", "")
     assert as_json(evidence, [])["advice"] == []
 
@@ -471,26 +515,43 @@ def all_commands():
     cases = [
         planted(near_peak=HIGH, chosen_atypical=LOW, edit_distance=LOW, overlap=LOW, log_ratio=(-2, -1, -0.8)),
         planted(near_peak=LOW, longer_chosen=HIGH, coverage=LOW),
-        planted(near_peak=LOW, agreement=HIGH, chosen_quantile=HIGH),
+        planted(near_peak=LOW, agreement=HIGH, chosen_quantile=(0.93, 0.97, 1.0)),
         planted(chosen_atypical=HIGH), planted(chosen_atypical=(0.5, 0.76, 0.9)), planted(near_peak=(0.0, 0.05, 0.1)),
     ]  # fmt: skip
-    for evidence, scorer, preferences in itertools.product(cases, ("contains:yes", None), (True, False)):
+    found = set()
+    for evidence, scorer, preferences in itertools.product(cases, ("1*length:min:characters", None), (True, False)):
         for advice in advise(evidence, Names("tiny", "data file.jsonl", scorer, preferences)):
-            yield from advice.commands
+            found |= set(advice.commands)
+    return sorted(found)
 
 
-@pytest.mark.parametrize("command", sorted(set(all_commands())))
-def test_every_command_line_is_one(command):
-    """Options that are printed exist: the command's own parser reads them."""
-    words = shlex.split(command)
-    assert words[0] == "steelyard"
-    if words[1:3] == ["data", "pairs"]:
-        import tyro
+@pytest.fixture
+def few_pairs(tmp_path, monkeypatch):
+    """Six pairs in "data file.jsonl" of the working directory."""
+    rows = [{"prompt": f"Say {k}", "chosen": "no" * k + "!", "rejected": "yes, yes" + "s" * k} for k in range(1, 7)]
+    (tmp_path / "data file.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
 
-        from steelyard.cli.pairs import PairsArguments
 
-        args = tyro.cli(PairsArguments, args=words[3:], config=(tyro.conf.OmitArgPrefixes,))
-        assert args.prompts == "data file.jsonl"
-    else:
-        assert words[1] == "train"
-        assert words[2] in ("preference", "reward_model")
+@pytest.mark.lm
+def test_every_command_line_is_one(few_pairs, capsys):
+    """What is printed can be run: the command's own parser reads it, and builds and updates a tiny model."""
+    pytest.importorskip("peft")
+    from steelyard.cli import pairs, train_preference
+
+    small = ["--sampling.max-new-tokens", "8", "--experience.num-generations", "2", "--dry-run", "4"]
+    for command in all_commands():
+        words = shlex.split(command)
+        if words[:3] == ["steelyard", "data", "pairs"]:
+            arguments = tyro.cli(pairs.PairsArguments, args=words[3:], config=(tyro.conf.OmitArgPrefixes,))
+            assert arguments.prompts == "data file.jsonl"
+        elif words[:3] == ["steelyard", "train", "reward_model"]:
+            assert train_preference.with_model(LanguageModelConfig(), words[3:])[0].name == "tiny"
+            options = tyro.cli(RewardModelRun, args=["--data.path", words[words.index("--data") + 1]])
+            assert options.data.path in ("data file.jsonl", "pairs.jsonl")
+        else:
+            assert words[:3] == ["steelyard", "train", "preference"]
+            assert train_preference.read(words[3:]).model.name == "tiny"
+            if "reward_model:runs/reward" not in words:  # which the command before it makes
+                assert train_preference.main([*words[3:], *small]) == 0, command
+    capsys.readouterr()

@@ -140,7 +140,7 @@ def test_intervals_are_clustered_by_prompt():
 
 def test_coverage_of_the_interval():
     """95 % intervals hold the truth in about 95 % of experiments."""
-    held, experiments = 0, 200
+    held, experiments = 0, 120
     for number in range(experiments):
         g = generator(100 + number)
         d = g.normal(1, 2, 80)

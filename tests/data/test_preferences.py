@@ -85,6 +85,12 @@ LAYOUTS = {
         TextRow([user("Q")], ([assistant("good")], [assistant("bad")]), rewards=(8.0, 5.5), margin=2.5,
                 columns={"messages": [user("Q"), assistant("good")]}, **PAIR),
     ),
+    "prompt repeated after a system message": (
+        {"prompt": "Q", "chosen": [{"role": "system", "content": "S"}, user("Q"), assistant("good")],
+         "rejected": [{"role": "system", "content": "S"}, user("Q"), assistant("bad")]},
+        "preference",
+        TextRow([{"role": "system", "content": "S"}, user("Q")], ([assistant("good")], [assistant("bad")]), **PAIR),
+    ),
     "margin": (
         {"prompt": "Q", "chosen": "good", "rejected": "bad", "margin": 3},
         "preference",
@@ -433,6 +439,24 @@ def test_datasets_folders(tmp_path):
     assert [row.prompt for row in read_text_data(tmp_path / "two", split="test").rows] == ["R"]
     with pytest.raises(DataError, match="expected the split 'dev', found 'train', 'test'"):
         read_text_data(tmp_path / "two", split="dev")
+
+
+@pytest.mark.lm
+def test_hub_names(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        if name == "owner/absent":
+            raise ConnectionError("no network\nat all")
+        return datasets.Dataset.from_list([{"prompt": "Q", "completion": "A", "label": True}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_text_data("owner/name", split="test").kind == "unpaired"
+    with pytest.raises(DataError, match=r"owner/absent: expected a data set .* found: no network at all$"):
+        read_text_data("owner/absent")
+    assert asked == [("owner/name", "test"), ("owner/absent", "train")]
 
 
 # ---------------------------------------------------------------------------------------------------- splitting

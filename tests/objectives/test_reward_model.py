@@ -33,7 +33,6 @@ def heads() -> torch.Generator:
     return torch_generator(0, "head")
 
 
-
 class Table(nn.Module):
     """A backbone whose hidden state at a token is that token's row of a table."""
 
@@ -107,6 +106,18 @@ def tiny_model(config: RewardModelConfig | None = None, seed: int = 0) -> Reward
 
 def test_rewards_are_read_at_the_last_scored_token():
     assert table_model().score(table_batch()).tolist() == [2.0, -1.0, -1.0, 0.5]
+
+
+def test_a_transformer_is_read_after_its_last_token():
+    """Row by row without padding: the head on the last column's features."""
+    model, batch = tiny_model(), random_batch(3, 2, seed=2)
+    for row, reward in enumerate(model.score(batch)):
+        prompt = int(batch.prompt_of[row])
+        tokens = torch.cat([
+            batch.prompts[prompt][batch.prompt_mask[prompt] > 0], batch.completions[row][batch.scored_mask[row] > 0]
+        ])  # fmt: skip
+        by_hand = model.backbone.features(tokens[None])[0, -1] @ model.head
+        assert float(reward) == pytest.approx(float(by_hand.detach()), abs=1e-5)
 
 
 @pytest.mark.parametrize(

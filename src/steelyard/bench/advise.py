@@ -20,6 +20,7 @@ from steelyard.bench.evidence import MANY_CUT, Evidence, Measure
 from steelyard.bench.stats import Estimate
 
 Confidence = Literal["clear", "weak", "cannot tell"]
+ORDER: tuple[Confidence, ...] = ("cannot tell", "weak", "clear")
 
 # Least share of samples near the peak for "aligned". The paper's bandits under their reference lie on either side of it
 # (target 20 above, target 70 below; the test computes both shares); it also means that best-of-N with N well below 20
@@ -34,8 +35,9 @@ NEAR_DUPLICATE = 0.3
 # Share of data completions inside the central region of the model's own samples, relative to fresh samples.
 ON_POLICY_OVERLAP = 0.8
 OFF_POLICY_OVERLAP = 0.5
-# Per-token log-prob of data less that of samples, in nats, below which data are foreign whatever their lengths.
-OFF_POLICY_NATS = -0.5
+# Log-prob per token of data less that of samples, in nats, beyond which (either way) data are foreign: below, the model
+# would not write them; above, they come from a colder distribution than its own.
+OFF_POLICY_NATS = 0.5
 # Share of best-of-N samples with a length that the reward model's pairs cover, below which its opinion is a guess.
 COVERED = 0.8
 # Pair accuracy under which a reward is barely better than a coin.
@@ -82,25 +84,17 @@ class Names:
     scorer: str | None = None
     preferences: bool = True
 
-    def train(self, objective: str, source: str, *options: str, scored: bool = True) -> str:
+    def train(self, objective: str, source: str, *options: str) -> str:
         """Return a `steelyard train preference` command line."""
         words = ["steelyard", "train", "preference", "--objective", objective, "--model", self.model]
         words += ["--data", self.data, "--source", source]
-        if source != "dataset" and scored:
+        if source != "dataset":
             words += ["--scorer", self.scorer or "reward_model:runs/reward"]
         return shlex.join([*words, *options])
 
     def reward_model(self, data: str | None = None) -> str:
         """Return the command line that trains a reward model on the pairs."""
-        words = [
-            "steelyard",
-            "train",
-            "reward_model",
-            "--model",
-            self.model,
-            "--data",
-            data or self.data,
-        ]
+        words = ["steelyard", "train", "reward_model", "--model", self.model, "--data", data or self.data]
         return shlex.join([*words, "--out", "runs/reward"])
 
     def pairs(self, out: str = "pairs.jsonl") -> str:
@@ -223,7 +217,7 @@ def _method(evidence: Evidence, names: Names) -> Advice:
     commands = (on_policy, names.train("rloo", "policy", "--reuse", "2"))
     quantile = evidence.find("chosen_quantile")
     if usable and quantile is not None and _at_least(quantile, 0.9):
-        commands = (names.train("dpo", "mixture", "--offline-share", "0.5", "--reuse", "2"), on_policy)
+        commands = (names.train("dpo", "mixture", "--experience.offline-share", "0.5", "--reuse", "2"), on_policy)
         numbers += (quantile.text(),)
         verdict += " Mix the data in, for their chosen ones beat what it samples."
     return Advice("method", verdict, confidence, numbers, rule, commands)
@@ -239,6 +233,9 @@ def _loss(evidence: Evidence, names: Names) -> Advice | None:
         "A negative gradient always widens the margin; whether it raises the chosen response depends on how different "
         "the two are (paper, section 5.2, figs. 16 and 17). Watch rewards/chosen and rewards/rejected apart."
     )
+    if confidence == "cannot tell":
+        verdict = "the pairs may be too alike for a plain contrastive loss: watch whether rewards/chosen falls."
+        return Advice("loss", verdict, confidence, numbers, rule)
     if distinct:
         return Advice("loss", "the pairs are distinct enough for a plain contrastive loss.", confidence, numbers, rule)
     return Advice(
@@ -266,17 +263,25 @@ def _data(evidence: Evidence, names: Names) -> Advice | None:
         "equal KL (paper, section 5.1; Tang et al. 2024)."
     )
     on, on_sure = side(overlap.estimate, ON_POLICY_OVERLAP)
-    not_off, off_sure = side(overlap.estimate, OFF_POLICY_OVERLAP)
-    not_far, far_sure = side(ratio.estimate, OFF_POLICY_NATS)
-    if not not_off or not not_far:
-        confidence = off_sure if not not_off else far_sure
+    inside, off_sure = side(overlap.estimate, OFF_POLICY_OVERLAP)
+    far, far_sure = _beyond(ratio.estimate, OFF_POLICY_NATS)
+    if evidence.cut > MANY_CUT:  # lengths say nothing then
+        on_sure, off_sure, far_sure = (_weaker(sure, "weak") for sure in (on_sure, off_sure, far_sure))
+    if far or not inside:
+        confidence = max((sure for there, sure in ((far, far_sure), (not inside, off_sure)) if there), key=ORDER.index)
+        verdict = "the pairs are foreign to the model: for a contrastive loss collect some of its own."
         commands = (names.pairs(),) if names.scorer else (names.reward_model(), names.pairs())
-        return Advice(
-            "data", "the pairs are foreign to the model: collect some of its own.", confidence, numbers, rule, commands
-        )
+        return Advice("data", verdict, confidence, numbers, rule, commands)
     if on:
         return Advice("data", "the pairs look like the model's own samples.", on_sure, numbers, rule)
     return Advice("data", "the pairs are partly the model's own.", "cannot tell", numbers, rule)
+
+
+def _beyond(estimate: Estimate, threshold: float) -> tuple[bool, Confidence]:
+    """Return whether a number lies beyond a threshold on either side of 0, and how sure that is."""
+    if estimate.value >= 0 or estimate.low is None or estimate.high is None:
+        return side(estimate, threshold)
+    return side(Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.n), threshold)
 
 
 def _length(evidence: Evidence, names: Names) -> Advice | None:
@@ -289,14 +294,14 @@ def _length(evidence: Evidence, names: Names) -> Advice | None:
     fewer = Estimate(1 - estimate.value, 1 - estimate.high, 1 - estimate.low, estimate.n)
     for mirrored, word in ((estimate, "longer"), (fewer, "shorter")):
         biased, confidence = side(mirrored, LENGTH_BIASED)
-        if biased:
+        if biased and confidence != "cannot tell":
             return Advice(
                 "length",
                 f"the {word} completion is usually the chosen one: judge the result by a length-controlled win rate.",
                 confidence,
                 tuple(m.text() for m in (longer, evidence.find("length_gap")) if m),
                 "A sum of log-ratios grows with length; a length-normalised loss does not.",
-                (names.train("dpo", "dataset", "--objective.length-normalised", "True"),),
+                (names.train("dpo", "dataset", "--objective.length-normalised"),),
             )
     return None
 
@@ -306,7 +311,7 @@ def _reward(evidence: Evidence, names: Names, learned: bool) -> list[Advice]:
     agreement, coverage = evidence.find("agreement"), evidence.find("coverage")
     if agreement is not None:
         good, confidence = side(agreement.estimate, ACCURATE)
-        if not good:
+        if not good and confidence != "cannot tell":
             verdict = (
                 "the reward model is hardly better than a coin on these pairs: improve it before optimising it."
                 if learned
@@ -316,7 +321,7 @@ def _reward(evidence: Evidence, names: Names, learned: bool) -> list[Advice]:
             found.append(Advice("reward", verdict, confidence, (agreement.text(),), rule, (names.pairs(),)))
     if coverage is not None:
         good, confidence = side(coverage.estimate, COVERED)
-        if not good:
+        if not good and confidence != "cannot tell":
             found.append(
                 Advice(
                     "reward",
@@ -337,8 +342,7 @@ def _at_least(measure: Measure, threshold: float) -> bool:
 
 
 def _weaker(first: Confidence, second: Confidence) -> Confidence:
-    order: tuple[Confidence, ...] = ("cannot tell", "weak", "clear")
-    return order[min(order.index(first), order.index(second))]
+    return min(first, second, key=ORDER.index)
 
 
 # --- out ------------------------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ class PairObservations:
         prompt: int64 [K], which of the P prompts.
         lengths: [K, 2] tokens.
         logps: [K, 2], summed over tokens, under the model.
+        head_lengths: [K, 2] tokens up to the limit of a sample's: what is compared with samples.
+        head_logps: [K, 2], summed over these; log-probs per token rise along a text, so that longer text would differ.
         distances: [K], edit distance over the longer one's length.
         shared: [K], share of common tokens, whatever their order.
         rewards: [K, 2] of the scorer, NaN where unscorable; None without a scorer.
@@ -55,6 +57,8 @@ class PairObservations:
     prompt: Ints
     lengths: Floats
     logps: Floats
+    head_lengths: Floats
+    head_logps: Floats
     distances: Floats
     shared: Floats
     rewards: Floats | None = None
@@ -266,7 +270,7 @@ def _peak(seen: Observations, seed: int, warnings: list[str]) -> list[Measure]:
             )
     if pairs is None:
         return found
-    each = _per_token(pairs.logps, pairs.lengths)[:, 0]
+    each = _per_token(pairs.head_logps, pairs.head_lengths)[:, 0]
     own = _per_token(seen.logps, seen.lengths)
     gap = each - own.mean(1)[pairs.prompt]
     below = (each < np.median(own, axis=1)[pairs.prompt]).astype(np.float64)
@@ -355,8 +359,7 @@ def _on_policy(seen: Observations, pairs: PairObservations, seed: int) -> list[M
     own_prompt = np.repeat(np.arange(len(seen.lengths)), count)
     prompt = np.repeat(pairs.prompt, 2)
     own = np.stack([seen.lengths.ravel(), _per_token(seen.logps, seen.lengths).ravel()])
-    limit = seen.lengths.max() if seen.cut.any() else math.inf  # longer ones could not have been sampled
-    data = np.stack([pairs.lengths.ravel().clip(max=limit), _per_token(pairs.logps, pairs.lengths).ravel()])
+    data = np.stack([pairs.head_lengths.ravel(), _per_token(pairs.head_logps, pairs.head_lengths).ravel()])
     ratio = data[1] - _per_token(seen.logps, seen.lengths).mean(1)[prompt]
     found = [
         Measure(
@@ -377,11 +380,13 @@ def _on_policy(seen: Observations, pairs: PairObservations, seed: int) -> list[M
     # the region is drawn on every other sample and tried on the rest, so that both shares are of unseen points
     low, high = np.quantile(own[:, 0::2], CENTRAL, axis=1)
     inside = [((x >= low[:, None]) & (x <= high[:, None])).all(0).astype(np.float64) for x in (data, own[:, 1::2])]
-    usual = max(float(inside[1].mean()), 1e-9)
-    share = share_estimate(inside[0], prompt)
-    assert share.low is not None
-    assert share.high is not None
-    overlap = Estimate(share.value / usual, share.low / usual, share.high / usual, share.n)
+    share, usual = share_estimate(inside[0], prompt), share_estimate(inside[1], own_prompt[1::2])
+    overlap = Estimate(
+        min(1.0, share.value / max(usual.value, 1e-9)),
+        min(1.0, (share.low or 0.0) / max(usual.high or 0.0, 1e-9)),
+        min(1.0, (share.high or 0.0) / max(usual.low or 0.0, 1e-9)),
+        share.n,
+    )
     return [
         *found,
         Measure("overlap", "data inside the samples' region, relative to samples", overlap,

@@ -38,7 +38,7 @@ from steelyard.bench.stats import CONFIDENCE, Estimate, Floats, Ints, mean_estim
 from steelyard.errors import DataError
 
 RIDGE = 1e-3
-"""Weight of |coefficients|^2 / 2 against the summed log-likelihood: moves rates by less than 0.001 / N."""
+"""Weight of |coefficients|^2 / 2 against the summed log-likelihood: nothing, unless the data are separable."""
 RESAMPLES = 1000
 
 

@@ -18,7 +18,7 @@ from steelyard.cli.pairs import open_model
 from steelyard.data.preferences import read_text_data, tokenize
 from steelyard.envs.scorers import scorer_from_name
 from steelyard.errors import ConfigError
-from steelyard.workflows.advise import AdviseConfig, observe, write_advice
+from steelyard.workflows.advise import AdviseConfig, observe, some_rows, write_advice
 
 LEARNED = ("reward_model:", "implicit:")
 
@@ -56,19 +56,20 @@ def main(argv: list[str]) -> int:
     if rows.kind != "preference" and scorer is None:
         raise ConfigError(f"{args.data}: holds no pairs (it is of kind {rows.kind!r}), so a reward is needed: --scorer")
     model, tokenizer, sampler = open_model(args.model, config.sampling, args.device)
-    data = tokenize(rows, tokenizer, config.max_prompt_tokens, config.max_completion_tokens, config.truncation)
+    some = some_rows(rows, config)
+    data = tokenize(some, tokenizer, config.max_prompt_tokens, config.max_completion_tokens, config.truncation)
     for sentence in (*rows.notes, *data.report.sentences()):
         print(f"note: {sentence}", file=sys.stderr)
     seen, shown = observe(model, sampler, data, scorer, config, learned)
     evidence = measure(seen, config.seed)
     names = Names(args.model, args.data, args.scorer, preferences=rows.kind == "preference")
     found = advise(evidence, names, learned)
-    show(evidence, found)
-    if args.out is not None:
-        settings = {"model": args.model, "data": args.data, "data_hash": data.content_hash, "scorer": args.scorer}
+    if args.out is not None:  # before anything is printed: a closed pipe must not cost the measurement
+        settings = {"model": args.model, "data": args.data, "data_hash": rows.content_hash, "scorer": args.scorer}
         title = f"Advice for {args.model}"
         page = write_advice(args.out, title, evidence, found, shown, settings | {"config": asdict(config)})
         print(f"wrote {args.out} and {page}", file=sys.stderr)
+    show(evidence, found)
     return 0
 
 

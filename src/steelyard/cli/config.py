@@ -20,8 +20,8 @@ from steelyard.workflows.language import LanguageRun
 USAGE = """usage: steelyard config show WHAT
        steelyard config diff LEFT RIGHT
 
-WHAT, LEFT, RIGHT: a recipe preset ("cal_ql/tiny"), an objective ("cql": the defaults of steelyard train), a run
-directory, or a config file. `show` prints JSON that `steelyard train --config FILE` reads back.
+WHAT, LEFT, RIGHT: a recipe preset ("cal_ql/tiny"), an objective ("cql", "preference/rloo": the defaults of
+steelyard train), a run directory, or a config file. `show` prints JSON that `steelyard train --config FILE` reads back.
 """
 
 
@@ -62,7 +62,15 @@ def read(what: str) -> dict[str, Any]:
         return plain(ControlRun(objective=OBJECTIVES[what]()))
     if what == "sft":
         return plain(LanguageRun())
-    known = [*(f"{recipe}/SIZE" for recipe in RECIPES), *OBJECTIVES, "sft"]
+    if name == "preference":
+        from steelyard.cli.train_preference import default_run
+
+        return plain(default_run(size or "dpo"))
+    if what == "reward_model":
+        from steelyard.workflows.reward_model import RewardModelRun
+
+        return plain(RewardModelRun())
+    known = [*(f"{recipe}/SIZE" for recipe in RECIPES), *OBJECTIVES, "sft", "preference/OBJECTIVE", "reward_model"]
     raise ConfigError(f"{what!r} is neither a file, a run directory nor one of {', '.join(known)}")
 
 

@@ -1,9 +1,13 @@
-"""`steelyard eval RUN [--episodes N] [--env ID]`: evaluate a trained policy, with intervals."""
+"""`steelyard eval RUN [--episodes N] [--env ID]`: evaluate a trained policy, with intervals.
+
+`steelyard eval winrate` and `steelyard eval reward_model` evaluate policies and scorers of text (`cli/eval_text.py`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,14 +22,23 @@ from steelyard.bench import stats
 from steelyard.bench.evaluate import evaluate
 from steelyard.cli.arguments import environment
 from steelyard.envs.gym import VectorEnv
+from steelyard.envs.model_scorers import format_of
 from steelyard.envs.reference import normalized_score, reference_range
 from steelyard.errors import ConfigError
 from steelyard.rng import numpy_generator
 
+_TEXT = {
+    "steelyard-preference": "steelyard eval winrate {} --against reference --scorer NAME",
+    "steelyard-reward-model": "steelyard eval reward_model {} --data FILE",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalArguments:
-    """Evaluate a trained policy and print success and return with 95% intervals."""
+    """Evaluate a trained policy and print success and return with 95% intervals.
+
+    For text: steelyard eval winrate --help, and steelyard eval reward_model --help.
+    """
 
     run: Annotated[str, tyro.conf.Positional]
     """Run directory, checkpoint or pretrained/ directory."""
@@ -47,9 +60,16 @@ class EvalArguments:
 
 def main(argv: list[str]) -> int:
     """Run the command."""
+    if argv and argv[0] in ("winrate", "reward_model"):
+        from steelyard.cli import eval_text  # imports language models
+
+        return (eval_text.win_rate if argv[0] == "winrate" else eval_text.reward_model)(argv[1:])
     arguments = tyro.cli(EvalArguments, prog="steelyard eval", args=argv)
     runtime.prepare(runtime.RuntimeConfig())
     folder = find(arguments.run, arguments.which)
+    for known, command in _TEXT.items():
+        if format_of(folder).startswith(known):
+            raise ConfigError(f"{arguments.run}: is evaluated on text: {command.format(shlex.quote(arguments.run))}")
     learner, artefact = load_learner(folder)
     config = environment(arguments.env) if arguments.env else artefact.env
     if config is None:

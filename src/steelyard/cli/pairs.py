@@ -60,7 +60,9 @@ def pairs(argv: list[str]) -> int:
         print(f"note: {sentence}", file=sys.stderr)
     identity = {"model": args.model, "prompts": everything.content_hash}
     try:
-        pool, pairing = make_pairs(args.out, identity, data, sampler, scorer, config, args.layout, args.pool)
+        pool, pairing = make_pairs(
+            args.out, identity, data, sampler, scorer, config, args.layout, args.pool, args.device
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

@@ -199,9 +199,10 @@ def diagnose_text(
     ends = np.repeat(tokens.prompt_lengths, np.diff(tokens.row_offsets)) + tokens.completion_lengths
     row_of = np.repeat(np.arange(len(tokens)), np.diff(tokens.row_offsets))
     for number in np.flatnonzero(ends > (context or UNLIMITED)):
-        row = tokens.data.rows[row_of[number]]
-        full = context is not None and tokens.prompt_lengths[row_of[number]] >= context
-        found.add("fully-truncated" if full else "over-context", row.where)
+        if tokens.prompt_lengths[row_of[number]] < (context or UNLIMITED):
+            found.add("over-context", tokens.data.rows[row_of[number]].where)
+    for number in np.flatnonzero(tokens.prompt_lengths >= (context or UNLIMITED)):
+        found.add("fully-truncated", tokens.data.rows[number].where)
 
     findings = [
         Finding(code, severity, f"{found.counts[code]} {words}, the first at {found.first[code]}"

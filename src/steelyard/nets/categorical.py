@@ -64,7 +64,7 @@ class CategoricalPolicy(nn.Module):
         x = layer_norm(linear(prompts, self.weights[0], self.biases[0]), self.scale.shape, self.scale, self.shift)
         for weight, bias in zip(list(self.weights)[1:], list(self.biases)[1:], strict=True):
             x = linear(x.relu(), weight, bias)
-        return x.unflatten(1, (self.tokens, self.actions))
+        return x.view(len(prompts), self.tokens, self.actions)
 
     def log_probs(self, prompts: Tensor, temperature: float = 1.0) -> Tensor:
         """Return [P, T, V], normalised over actions."""

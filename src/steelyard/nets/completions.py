@@ -186,7 +186,7 @@ def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | N
     needs the probabilities again, kept while they are small (`KEPT`) and recomputed otherwise.
     """
     with torch.autocast(hidden.device.type, enabled=False):  # the output head stays in float32
-        logps: Tensor = _HeadLogps.apply(hidden.to(weight.dtype), weight, bias, targets)
+        logps: Tensor = _HeadLogps.apply(hidden.to(weight.dtype), weight, bias, targets)  # type: ignore[no-untyped-call]
     return logps
 
 

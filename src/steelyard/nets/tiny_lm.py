@@ -95,6 +95,12 @@ class TinyLM(nn.Module):
         hidden, targets = _hidden(self.reference, batch)
         return spread(head_logps(hidden / temperature, self.reference.token_embedding, targets), batch)
 
+    def reference_state(self) -> dict[str, Tensor]:
+        """Return the reference's weights by name: its identity, e.g. for `nets/reference_cache.py`."""
+        if self.reference is None:
+            raise ConfigError("the model has no reference; build it with reference='copy'")
+        return dict(self.reference.state_dict())
+
     @torch.no_grad()
     def reader(self, prompts: Tensor, prompt_mask: Tensor, n: int, max_new_tokens: int) -> TinyReader:
         """Return a reader that has read every prompt, for n completions of each (`envs/samplers.py`).
@@ -143,7 +149,7 @@ class TinyReader:
             len(prompts) * n, transformer.config.vocab_size, dtype=transformer.token_embedding.dtype
         )
         self._parts: list[tuple[Tensor, KeyValueCache]] = []
-        for length in lengths.unique().tolist():
+        for length in sorted(set(lengths.tolist())):
             group = (lengths == length).nonzero()[:, 0]
             cache = KeyValueCache(transformer.config, len(group), prompts.device)
             cache.keys, cache.values = cache.keys.to(self.logits.dtype), cache.values.to(self.logits.dtype)

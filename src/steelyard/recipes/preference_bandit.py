@@ -20,204 +20,32 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from steelyard.bench.executors import LocalExecutor
 from steelyard.bench.stats import Floats
-from steelyard.config import Config, config_hash, require_positive, require_range
-from steelyard.data.experience import ExperienceBatch
-from steelyard.data.pairing import PairingRule, pair_up
-from steelyard.envs.bandit import TARGETS, BanditProblem, fit_reference, reference_bins
+from steelyard.config import Config, config_hash, require_positive
+from steelyard.data.pairing import PairingRule
+from steelyard.envs.bandit import TARGETS
 from steelyard.errors import ConfigError, SteelyardError
-from steelyard.nets.categorical import CategoricalPolicy
-from steelyard.objectives.preference import PREFERENCE_OBJECTIVES, AnyPreferenceConfig, build_preference_learner
-from steelyard.rng import torch_generator
-from steelyard.train.loop import Interrupted, update
-from steelyard.train.optim import OptimConfig, Optimizers
+from steelyard.objectives.preference import PREFERENCE_OBJECTIVES, AnyPreferenceConfig
+from steelyard.recipes.preference_bandit_runs import BanditCase, run_bandit
+from steelyard.train.loop import Interrupted
 from steelyard.train.progress import ProgressLine
 
-UNSEEN = 100
-"""Contexts of the evaluation, none of which is trained on."""
-POINTS = 20
-"""Evaluations of a run, at most."""
-
-
-@dataclass(frozen=True)
-class BanditCase(Config):
-    """One setting of a bandit run; together with a seed it says everything."""
-
-    objective: AnyPreferenceConfig
-    """What is minimised, with its learning rate."""
-    negative: float = 1.0
-    """lambda: scale of the negative gradient."""
-    source: Literal["policy", "dataset"] = "policy"
-    """Who draws the completions: the policy as it is at each refresh, or pi_ref."""
-    pairing: PairingRule = "all"
-    """Which completions of a prompt are compared."""
-    target: int = 70
-    """a*: the action with the highest reward."""
-    width: float = 10.0
-    """Width of the reward's bump, in actions."""
-    tokens: int = 1
-    """Positions of a completion."""
-    prompts: int = 10
-    """Contexts trained on."""
-    completions: int = 10
-    """N: completions of each prompt at each refresh."""
-    refreshes: int = 30
-    """How often completions are drawn; 1 with source dataset is a fixed data set."""
-    reuse: int = 10
-    """T: updates on the same completions."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require_positive(self, "width", "tokens", "prompts", "completions", "refreshes", "reuse")
-        require_range(self, 0, math.inf, "negative")
-        require_range(self, 0, 99, "target")
-
-    @property
-    def steps(self) -> int:
-        """Updates of the whole run."""
-        return self.refreshes * self.reuse
-
-    @property
-    def queries(self) -> int:
-        """Completions drawn and scored in the whole run."""
-        return self.refreshes * self.prompts * self.completions
-
-    @property
-    def problem(self) -> BanditProblem:
-        """The reward."""
-        return BanditProblem(self.target, self.width, self.tokens)
-
-
-Row = dict[str, Any]
-
-
-def run_bandit(case: BanditCase, seed: int) -> list[Row]:
-    """Train once and return one row per evaluation; nothing is written.
-
-    Runs with the same seed share first weights, contexts and offline completions, whatever the case. A run whose
-    gradient becomes NaN or infinite ends there: its later rows repeat the last finite measurement, status "failed".
-    """
-    problem, due = case.problem, _evaluations(case)
-    model = _start(seed, case.tokens, case.objective.needs.values)
-    contexts = problem.contexts(case.prompts, torch_generator(seed, "bandit/train"))
-    unseen = problem.contexts(UNSEEN, torch_generator(seed, "bandit/unseen"))
-    learner = build_preference_learner(model, case.objective, case.negative)
-    optimizers = Optimizers(learner, OptimConfig())
-    memory: dict[str, Tensor] = {}
-    rows: list[Row] = []
-    batch: ExperienceBatch | None = None
-    skipped, mass = 0, math.nan
-
-    def look(step: int) -> None:
-        row: Row = {"step": step, "queries": -(-step // case.reuse) * case.prompts * case.completions}
-        row |= problem.measure(model, unseen)
-        if batch is not None:
-            row |= displacement(model, batch)
-        rows.append(row | {"negative_mass": abs(mass), "skipped": skipped, "status": "ok"})
-
-    look(0)
-    for step in range(case.steps):
-        if step % case.reuse == 0:
-            batch = _draw(case, model, contexts, seed, step)
-            batch, memory = learner.complete(batch, memory)
-            trains = not (case.objective.needs.pairs and not len(_pairs(batch)))  # all rewards equal: nothing to learn
-        assert batch is not None
-        if trains:
-            metrics = update(learner, optimizers, batch, seed, step)
-            ends = step + 1 in due or (step + 1) % case.reuse == 0
-            if ends and not math.isfinite(float(metrics["grad/preference"])):
-                break
-        else:
-            skipped += 1
-        if step + 1 in due:
-            if trains:
-                mass = float(metrics["loss/negative_mass"])
-            look(step + 1)
-            if not math.isfinite(rows[-1]["reward"]):
-                rows.pop()
-                break
-    for step in sorted(due):
-        if step > rows[-1]["step"]:
-            rows.append(rows[-1] | {"step": step, "status": "failed"})
-    return rows
-
-
-def _evaluations(case: BanditCase) -> frozenset[int]:
-    """Return the steps after which a run is measured: whole refreshes where there are enough of them."""
-    unit = case.reuse if case.refreshes >= POINTS // 4 else 1
-    every = unit * max(1, -(-case.steps // (unit * POINTS)))
-    return frozenset([*range(every, case.steps, every), case.steps])
-
-
-def _start(seed: int, tokens: int, value_head: bool) -> CategoricalPolicy:
-    """Return the policy that all runs of a seed begin with: fitted to pi_ref."""
-    model = CategoricalPolicy(
-        reference_bins(), 100, tokens, torch_generator(seed, "bandit/init"), value_head=value_head
-    )
-    model.load_state_dict(_fitted(seed, tokens), strict=False)  # the value head, where there is one, begins at zero
-    return model
-
-
-@functools.lru_cache(maxsize=64)
-def _fitted(seed: int, tokens: int) -> dict[str, Tensor]:
-    model = CategoricalPolicy(reference_bins(), 100, tokens, torch_generator(seed, "bandit/init"))
-    fit_reference(model, BanditProblem().contexts(UNSEEN, torch_generator(seed, "bandit/reference")))
-    return model.state_dict()
-
-
-def _draw(case: BanditCase, model: CategoricalPolicy, contexts: Tensor, seed: int, step: int) -> ExperienceBatch:
-    """Return one refresh of scored and paired completions."""
-    refresh = step // case.reuse
-    if case.source == "policy":
-        generator = torch_generator(seed, "bandit/sample", refresh)
-        batch = case.problem.experience(model, contexts, case.completions, generator, step)
-    else:
-        generator = torch_generator(seed, "bandit/data", refresh)
-        batch = case.problem.foreign_experience(contexts, case.completions, generator)
-    assert batch.rewards is not None
-    found = pair_up(batch.rewards, batch.prompt_of, case.pairing)
-    return replace(batch, pairs=found.pairs, margins=found.margins, pair_weights=torch.ones(len(found)))
-
-
-def _pairs(batch: ExperienceBatch) -> Tensor:
-    assert batch.pairs is not None
-    return batch.pairs
-
-
-@torch.no_grad()
-def displacement(model: CategoricalPolicy, batch: ExperienceBatch) -> Row:
-    """Return what became of the completions trained on.
-
-    Returns:
-        delta_chosen, delta_rejected: mean of log pi / pi_ref over the chosen and the rejected of all pairs.
-        mass_best, mass_rest, mass_unseen: probability of each prompt's best completion, of its other completions, and
-            of all that was never drawn (one position only).
-    """
-    assert batch.rewards is not None
-    token_logps = model.outputs(batch).token_logps
-    deltas = (token_logps - model.reference_token_logps(batch)).sum(1)
-    pairs = _pairs(batch)
-    chosen, rejected = deltas[pairs].mean(0).tolist() if len(pairs) else (math.nan, math.nan)
-    row: Row = {"delta_chosen": chosen, "delta_rejected": rejected}
-    if model.tokens == 1:
-        actions = batch.completions.view(len(batch.prompts), -1)
-        best = actions.gather(1, batch.rewards.view(len(actions), -1).argmax(1, keepdim=True))
-        probs = model.log_probs(batch.prompts)[:, 0].exp()
-        seen = torch.zeros_like(probs).scatter_(1, actions, 1.0)
-        mass_best = probs.gather(1, best).mean()
-        mass_seen = (probs * seen).sum(1).mean()
-        row |= {
-            "mass_best": float(mass_best),
-            "mass_rest": float(mass_seen - mass_best),
-            "mass_unseen": float(1 - mass_seen),
-        }
-    return row
-
-
 Target = Literal["aligned", "misaligned"]
+MethodName = Literal[
+    "offline pref-ft",
+    "offline best-of-n",
+    "offline rwr",
+    "offline dpo",
+    "offline ipo",
+    "on-policy best-of-n",
+    "on-policy rwr",
+    "on-policy rloo",
+    "on-policy ppo",
+    "on-policy dpo",
+    "on-policy ipo",
+]
 ArmGroup = Literal["main", "matched", "negative", "pairing", "reuse", "prompts", "tokens"]
 
 
@@ -236,7 +64,7 @@ class BanditStudy(Config):
     """Reporting seeds, paired over all arms."""
     tuning_seeds: tuple[int, ...] = tuple(range(5))
     """Seeds on which every arm chooses its learning rate."""
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     """The list that every arm chooses from."""
     fixed_rates: tuple[float, ...] = (1e-3, 1e-2)
     """Rates of the reuse arms with fixed samples and steps, which choose nothing."""
@@ -244,7 +72,7 @@ class BanditStudy(Config):
     """Contexts trained on."""
     completions: int = 10
     """N: completions a context and refresh."""
-    refreshes: int = 30
+    refreshes: int = 20
     """Refreshes of on-policy arms."""
     short_refreshes: int = 10
     """Refreshes of the lambda and pairing arms, short so that not everything is solved."""
@@ -252,14 +80,35 @@ class BanditStudy(Config):
     """T of on-policy arms."""
     offline_steps: int = 100
     """Updates of offline arms on their fixed data."""
+    negative_methods: tuple[MethodName, ...] = (
+        "on-policy rloo",
+        "on-policy dpo",
+        "on-policy ipo",
+        "offline dpo",
+        "offline ipo",
+    )
+    """Methods of the group "negative"."""
     negatives: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0)
     """lambda of the group "negative"."""
+    reuse_methods: tuple[MethodName, ...] = ("on-policy best-of-n", "on-policy ppo", "on-policy ipo")
+    """Methods of the group "reuse"."""
     reuse_samples: tuple[int, ...] = (1, 2, 5, 10, 20)
-    """T at a fixed number of samples (20 refreshes): steps grow with T."""
-    reuse_steps: tuple[int, ...] = (1, 5, 10, 25, 100)
-    """T at a fixed number of samples and of steps (100): N grows with T, refreshes fall."""
+    """T at a fixed number of samples: steps grow with T."""
+    reuse_refreshes: int = 20
+    """Refreshes of these arms."""
+    reuse_steps: tuple[int, ...] = (1, 5, 20, 100)
+    """T at a fixed number of samples and of steps: N grows with T, refreshes fall."""
+    reuse_updates: int = 100
+    """Steps of these arms; a multiple of every T."""
     prompt_grid: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
     """Numbers of prompts of the group "prompts"."""
+    token_methods: tuple[MethodName, ...] = (
+        "offline best-of-n",
+        "offline ipo",
+        "on-policy best-of-n",
+        "on-policy ipo",
+    )
+    """Methods of the group "tokens"; offline ones with as many samples and steps as on-policy ones."""
     tokens: int = 10
     """Positions of the group "tokens"."""
 
@@ -271,8 +120,8 @@ class BanditStudy(Config):
         for name in ("seeds", "tuning_seeds", "learning_rates", "targets", "arms"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must not be empty")
-        if any(100 % t for t in self.reuse_steps):
-            raise ConfigError(f"reuse_steps must divide 100 updates, found {self.reuse_steps}")
+        if any(self.reuse_updates % t for t in self.reuse_steps):
+            raise ConfigError(f"reuse_steps must divide reuse_updates {self.reuse_updates}, found {self.reuse_steps}")
 
 
 @dataclass(frozen=True)
@@ -341,9 +190,6 @@ METHODS = {
 }
 """The paper's methods. RLOO is REINFORCE with the other completions' mean as baseline, without a correction for reuse;
 PPO clips ratios and has a group baseline."""
-OFFLINE = tuple(name for name, method in METHODS.items() if not method.on_policy)
-REUSED = ("on-policy best-of-n", "on-policy rloo", "on-policy ppo", "on-policy ipo")
-TOKENS = ("offline best-of-n", "offline ipo", "on-policy best-of-n", "on-policy rloo", "on-policy ipo")
 
 
 def arms_of(study: BanditStudy) -> list[Arm]:
@@ -373,35 +219,27 @@ def arms_of(study: BanditStudy) -> list[Arm]:
                 add("main", method, target)
     if "matched" in study.arms:
         for target in study.matched_targets:
-            for method in OFFLINE:
+            for method in ("offline best-of-n", "offline rwr", "offline dpo", "offline ipo"):
                 add("matched", method, target, "refreshed", refreshes=study.refreshes, reuse=study.reuse)
             add("matched", "offline best-of-n", target, "one set", pairing="best_rest", **total)
-            add("matched", "offline ipo", target, "one set", pairing="best_rest", **total)
     if "negative" in study.arms:
-        for method in (
-            "offline dpo",
-            "offline ipo",
-            "on-policy rloo",
-            "on-policy ppo",
-            "on-policy dpo",
-            "on-policy ipo",
-        ):
+        for method in study.negative_methods:
             for value in study.negatives:
                 more = short if METHODS[method].on_policy else {}
                 add("negative", method, "misaligned", f"{value:g}", negative=value, **more)
     if "pairing" in study.arms:
         rules: tuple[PairingRule, ...] = ("all", "best_worst", "best_rest")
-        for method in ("offline dpo", "offline ipo", "on-policy dpo", "on-policy ipo"):
+        for method in ("offline dpo", "offline ipo", "on-policy ipo"):
             for rule in rules:
                 more = short if METHODS[method].on_policy else {}
                 add("pairing", method, "misaligned", rule, pairing=rule, **more)
     if "reuse" in study.arms:
-        for method in REUSED:
+        for method in study.reuse_methods:
             for t in study.reuse_samples:
-                one: dict[str, Any] = {"refreshes": 20, "reuse": t, "pairing": "best_rest"}
+                one: dict[str, Any] = {"refreshes": study.reuse_refreshes, "reuse": t, "pairing": "best_rest"}
                 add("reuse", method, "misaligned", f"samples/{t}", (study.fixed_rates[0],), **one)
             for t in study.reuse_steps:
-                both: dict[str, Any] = {"refreshes": 100 // t, "reuse": t, "pairing": "best_rest"}
+                both: dict[str, Any] = {"refreshes": study.reuse_updates // t, "reuse": t, "pairing": "best_rest"}
                 for rate in study.fixed_rates:
                     add(
                         "reuse", method, "misaligned", f"steps/{rate:g}/{t}", (rate,),
@@ -412,11 +250,9 @@ def arms_of(study: BanditStudy) -> list[Arm]:
             for rate in study.fixed_rates:
                 add("prompts", "offline ipo", "misaligned", f"{rate:g}/{count}", (rate,), prompts=count)
     if "tokens" in study.arms:
-        for method in TOKENS:
-            add("tokens", method, "misaligned", tokens=study.tokens)
-            if not METHODS[method].on_policy:
-                refreshed = {"refreshes": study.refreshes, "reuse": study.reuse}
-                add("tokens", method, "misaligned", "refreshed", tokens=study.tokens, **refreshed)
+        for method in study.token_methods:
+            more = {} if METHODS[method].on_policy else {"refreshes": study.refreshes, "reuse": study.reuse}
+            add("tokens", method, "misaligned", tokens=study.tokens, **more)
     return found
 
 
@@ -456,7 +292,8 @@ class ArmResult:
 
 def final(runs: Sequence[Columns], name: str = "reward") -> Floats:
     """Return the last value of each run, [S]."""
-    return np.array([math.nan if run[name][-1] is None else run[name][-1] for run in runs])
+    values = (run.get(name, [None])[-1] for run in runs)  # a failed run has no displacement
+    return np.array([math.nan if value is None else value for value in values])
 
 
 def areas(runs: Sequence[Columns]) -> Floats:
@@ -506,7 +343,7 @@ def carry_out(study: BanditStudy, out: Path, workers: int) -> Results:
 
 
 def _has_area(arm: Arm) -> bool:
-    return arm.group in ("main", "tokens") and arm.case.source == "policy" and len(arm.rates) > 1
+    return arm.group == "main" and arm.target == "misaligned" and arm.case.source == "policy" and len(arm.rates) > 1
 
 
 def run_key(case: BanditCase, seed: int) -> str:
@@ -633,16 +470,24 @@ def write_csv(results: Results, study: BanditStudy, out: Path) -> None:
 
 
 PRESETS = {
-    # about 390,000 updates: some 12 CPU-minutes
+    # about 320,000 updates: some 10 CPU-minutes
     "tiny": BanditStudy(),
     "small": BanditStudy(
+        refreshes=30,
         seeds=tuple(range(5, 25)),
         learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
         matched_targets=("misaligned", "aligned"),
         fixed_rates=(1e-3, 3e-3, 1e-2),
+        negative_methods=(*BanditStudy.negative_methods, "on-policy ppo"),
         negatives=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
+        reuse_methods=(*BanditStudy.reuse_methods, "on-policy rloo"),
         reuse_samples=(1, 2, 5, 10, 20, 50),
         reuse_steps=(1, 2, 5, 10, 20, 50, 100),
+        token_methods=(
+            *("offline best-of-n", "offline rwr", "offline dpo", "offline ipo"),
+            *("on-policy best-of-n", "on-policy rwr", "on-policy rloo", "on-policy ppo", "on-policy dpo"),
+            "on-policy ipo",
+        ),
     ),
     # the released scripts' lengths and rates: hours
     "paper": BanditStudy(
@@ -654,9 +499,16 @@ PRESETS = {
         short_refreshes=30,
         reuse=15,
         offline_steps=200,
+        negative_methods=(*BanditStudy.negative_methods, "on-policy ppo"),
         negatives=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
+        reuse_methods=(*BanditStudy.reuse_methods, "on-policy rloo"),
         reuse_samples=(1, 2, 5, 10, 20, 50),
         reuse_steps=(1, 2, 5, 10, 20, 50, 100),
+        token_methods=(
+            *("offline best-of-n", "offline rwr", "offline dpo", "offline ipo"),
+            *("on-policy best-of-n", "on-policy rwr", "on-policy rloo", "on-policy ppo", "on-policy dpo"),
+            "on-policy ipo",
+        ),
         prompt_grid=(5, 10, 20, 50, 100, 200, 500, 1000),
     ),
 }

@@ -103,7 +103,7 @@ def claims_table(findings: Sequence[Finding], title: str = "Claims") -> Table:
         title,
         "Paired over seeds; brackets are 95% bootstrap intervals. The verdict follows from the interval alone: holds, "
         "if it lies wholly on the claim's side; does not hold, if wholly on the other; otherwise not clear.",
-        ("claim of the paper", "verdict", "our measurement", "what differs"),
+        ("claim", "verdict", "our measurement", "what differs"),
         tuple((f.claim, f.verdict, f.measured, f.differs) for f in findings),
     )
 

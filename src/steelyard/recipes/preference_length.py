@@ -115,9 +115,9 @@ def run(config: LengthStudy, out: Path, workers: int, console: Console) -> list[
     kept = [found for found in foundations if found["seed"] in config.seeds]
     write_rows(out / "pairs.csv", [row for found in kept for row in found["pairs"]])
     write_rows(out / "proxy.csv", [row for found in kept for row in found["proxy"]])
-    failed = [row for row in rows if row["values"]["status"] != "done"]
-    for row in failed:
-        console.print(f"failed: {row['name']}: {row['values']['message']}", markup=False, highlight=False)
+    for row in rows:
+        if row["values"]["status"] == "failed":
+            console.print(f"failed: {row['name']}: {row['values']['message']}", markup=False, highlight=False)
     return sections(config, rows, tuning, chosen, kept)
 
 
@@ -153,14 +153,21 @@ def _choice(row: Mapping[str, Any]) -> Choice:
 def choose(tuning: Sequence[Mapping[str, Any]], default: float) -> dict[Choice, float]:
     """Return the learning rate of each (task, method, arm) with the highest mean gold reward at the end.
 
-    The gold reward chooses in every arm: which rate is right is not what is studied. The first of equals wins.
+    Rewards that agree to a tenth of a token are taken for equal; then the higher mean over training decides. The gold
+    reward chooses in every arm: which rate is right is not what is studied.
     """
-    scores: dict[Choice, dict[float, list[float]]] = {}
+    found: dict[Choice, dict[float, list[tuple[float, float]]]] = {}
     for row in tuning:
-        rates = scores.setdefault(_choice(row), {})
-        rates.setdefault(row["identity"]["learning_rate"], []).append(row["values"]["gold"])
-    means = {choice: {rate: sum(x) / len(x) for rate, x in rates.items()} for choice, rates in scores.items()}
-    return _Chosen({choice: max(rates, key=lambda r: rates[r]) for choice, rates in means.items()}, default)
+        values = row["values"]
+        rates = found.setdefault(_choice(row), {})
+        rates.setdefault(row["identity"]["learning_rate"], []).append((values["gold"], values["mean_gold"]))
+
+    def merit(runs: list[tuple[float, float]]) -> tuple[float, float]:
+        gold, during = (sum(column) / len(runs) for column in zip(*runs, strict=True))
+        return round(gold, 1), during
+
+    best = {choice: max(rates, key=lambda rate: merit(rates[rate])) for choice, rates in found.items()}
+    return _Chosen(best, default)
 
 
 class _Chosen(dict[Choice, float]):
@@ -184,14 +191,22 @@ def reporting_jobs(base: Job, chosen: Mapping[Choice, float]) -> list[Job]:
                     rate = chosen[task, method, arm]
                     jobs.append(replace(base, seed=seed, task=task, method=method, arm=arm, learning_rate=rate))
         jobs += [replace(job, seed=seed) for job in sweep_jobs(base, chosen)]
-        if config.contrasts:
-            # one rate for all four: the pairs are what is compared
+        if config.scratch and "min" in config.tasks:
+            # what it changes is asked at the rates that suit the other reward model
             jobs += [
-                replace(base, seed=seed, method=method, pairs=pairs, learning_rate=config.learning_rates[0],
-                        stage="contrast")
+                replace(base, seed=seed, method=method, arm="scratch", learning_rate=chosen["min", method, "learned"],
+                        stage="scratch")
+                for method in config.methods
+                if LENGTH_METHODS[method].on_policy
+            ]  # fmt: skip
+        if config.contrasts:
+            # the same rates for all: the pairs are what is compared
+            jobs += [
+                replace(base, seed=seed, method=method, pairs=pairs, learning_rate=rate, stage="contrast")
                 for method in ("dpo", "pref_ft")
                 for pairs in ("similar", "distinct")
-            ]  # fmt: skip
+                for rate in config.contrast_learning_rates
+            ]
     return jobs
 
 

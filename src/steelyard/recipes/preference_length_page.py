@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from steelyard.bench.stats import Estimate, Floats, mean_estimate, number, sign_test
-from steelyard.recipes.preference_length_runs import LENGTH_METHODS, TASKS, LengthStudy
+from steelyard.recipes.preference_findings import Finding, above, claims_table, mean, within, words
+from steelyard.recipes.preference_length_runs import LENGTH_METHODS, SCRATCH, TASKS, LengthStudy
 from steelyard.report import plots
 from steelyard.report.page import Section
 from steelyard.report.plots import Frame, Series
@@ -23,7 +24,7 @@ TASK_LABELS = {
     "skew_long": "Skew Length, long pairs",
     "skew_short": "Skew Length, short pairs",
 }
-ARM_LABELS = {"pairs": "pairs", "learned": "learned reward", "gold": "gold reward"}
+ARM_LABELS = {"pairs": "pairs", "learned": "learned reward", "gold": "gold reward", "scratch": "reward from scratch"}
 OFFLINE = tuple(name for name, method in LENGTH_METHODS.items() if not method.on_policy)
 ON_POLICY = ("best_of_n", "rwr", "rloo", "ppo", "online_dpo")
 
@@ -40,14 +41,18 @@ class Results:
         self.config, self.seeds = config, config.seeds
         self._rows: dict[tuple[Any, ...], Row] = {}
         for row in rows:
-            self._rows[self._key(**{k: v for k, v in row["identity"].items() if k != "learning_rate"})] = row
+            identity = dict(row["identity"])
+            rate = identity.pop("learning_rate")
+            if identity["stage"] == "contrast":  # the only one with several
+                identity["rate"] = rate
+            self._rows[self._key(**identity)] = row
 
     @staticmethod
     def _key(
         *, task: str, method: str, arm: str, seed: int, stage: str = "main", pairs: str = "independent",
-        reuse: int = 1, refresh: int = 1,
+        reuse: int = 1, refresh: int = 1, rate: float | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
-        return (task, method, arm, seed, stage, pairs, reuse, refresh)
+        return (task, method, arm, seed, stage, pairs, reuse, refresh, rate)
 
     def row(self, task: str, method: str, arm: str, seed: int, **more: Any) -> Row | None:
         """Return one run. A skewed task shares min's runs with the gold reward."""
@@ -97,7 +102,7 @@ def sections(
 ) -> list[Section]:
     """Return the sections of the length problems."""
     results = Results(rows, config)
-    page = [_setting(config, results, foundations)]
+    page = [_findings(config, results), _setting(config, results, foundations)]
     page += [_task(config, results, task, foundations) for task in TASKS if task in config.tasks]
     page.append(_over_optimisation(config, results, foundations))
     page.append(_displacement(config, results, foundations))
@@ -106,6 +111,147 @@ def sections(
         page.append(_reuse(config, results))
     page.append(_costs(config, results, tuning, chosen))
     return page
+
+
+# ---- the answers ----
+
+
+COMPARABLE = 0.5
+"""Mean differences of less than half a token are taken for none."""
+_TOY = "a toy language of 25 tokens and a transformer of two layers, instead of Pythia-1.4B"
+
+
+def findings(config: LengthStudy, results: Results) -> list[Finding]:
+    """Return what the rows say about each claim; a claim whose runs are not there is left out."""
+    found = []
+    for claim, unit, values in claims(config, results):
+        known = np.zeros(0) if values is None else values[~np.isnan(values)]
+        if len(known):
+            estimate = mean(known)
+            verdict = within(estimate, COMPARABLE) if "comparable" in claim else above(estimate)
+            found.append(Finding(claim, verdict, f"{words(known, 2)}, {unit}", _TOY))
+    return found
+
+
+def _findings(config: LengthStudy, results: Results) -> Section:
+    section = Section("The claims in the length problems")
+    section.text(
+        "The claims are the paper's, read at second hand, unless marked as ours. Differences are paired by seed; "
+        f"comparable means: within {COMPARABLE} tokens."
+    )
+    if len(results.seeds) < 6:
+        section.notes([FEW])
+    return section.table(claims_table(findings(config, results), "Claims, level 2"))
+
+
+FEW = (
+    "So few seeds cannot settle a claim: a bootstrap over them is too narrow, and a sign test needs six to reach "
+    "0.05. Read 'holds' as: every seed, or nearly every one, points that way."
+)
+
+
+def claims(config: LengthStudy, results: Results) -> list[tuple[str, str, Floats | None]]:
+    """Return (claim, unit, one number a seed, above 0 where it holds); None where it was not run."""
+    gentle = config.contrast_learning_rates[0]
+    tokens, share, nats = "gold reward (tokens)", "share of the possible gain", "nats"
+    learned, offline = _group(ON_POLICY, "learned"), _group(OFFLINE, "pairs")
+    last = max(config.reuse)
+    fast = paired(results, "mean_gold", "min", [("online_dpo", "learned")], [*learned[:-1], *offline])
+    clipped, free = (_sweep(results, method, last, 1) for method in ("ppo", "ppo_unclipped"))
+    gaps = [paired(results, "gold", "min", _group((m,), "gold"), _group((m,), "learned")) for m in ON_POLICY]
+    scratch = [
+        _minus(results.values("gold", "min", m, "gold"), results.values("gold", "min", m, "scratch", stage="scratch"))
+        for m in ON_POLICY
+    ]
+    contrast = [
+        results.values("held_delta_w", "min", "dpo", "pairs", stage="contrast", pairs=kind, rate=gentle)
+        for kind in ("distinct", "similar")
+    ]
+    supervised, policy_gradient = _kl_spent(results, ("best_of_n", "rwr")), _kl_spent(results, ("rloo", "ppo"))
+    return [
+        ("Min (misaligned): on-policy with the learned reward ends above offline", tokens,
+         paired(results, "gold", "min", learned, offline)),
+        ("Mode (aligned): on-policy with the learned reward and offline are comparable", tokens,
+         paired(results, "gold", "mode", learned, offline)),
+        ("on-policy sampling gains more in Min than in Mode", share,
+         _minus(_gain(results, "min", learned, offline), _gain(results, "mode", learned, offline))),
+        ("Skew, long pairs: on-policy with the learned reward ends above offline", tokens,
+         paired(results, "gold", "skew_long", learned, offline)),
+        ("Skew, short pairs: on-policy with the learned reward ends above offline", tokens,
+         paired(results, "gold", "skew_short", learned, offline)),
+        ("Min: offline, a negative gradient (DPO, IPO) ends above Pref-FT", tokens,
+         paired(results, "gold", "min", _group(("dpo", "ipo"), "pairs"), [("pref_ft", "pairs")])),
+        ("Mode: offline, DPO and IPO are comparable to Pref-FT", tokens,
+         paired(results, "gold", "mode", _group(("dpo", "ipo"), "pairs"), [("pref_ft", "pairs")])),
+        ("Min: on-policy DPO is faster than all others (mean over training, learned reward)", tokens, fast),
+        ("Min: on-policy DPO with the learned reward ends above offline DPO", tokens,
+         paired(results, "gold", "min", [("online_dpo", "learned")], [("dpo", "pairs")])),
+        ("Min: DPO lowers the log-probability of held-out chosen answers", nats,
+         _negative(results.values("held_delta_w", "min", "dpo", "pairs"))),
+        ("Min: Pref-FT raises the log-probability of held-out chosen answers", nats,
+         results.values("held_delta_w", "min", "pref_ft", "pairs")),
+        (f"DPO moves chosen answers further up on distinct than on similar pairs (rate {gentle:g})", nats,
+         _minus(*contrast)),
+        (f"DPO raises held-out chosen answers on distinct pairs (rate {gentle:g})", nats, contrast[0]),
+        (f"DPO lowers held-out chosen answers on similar pairs (rate {gentle:g})", nats, _negative(contrast[1])),
+        (f"reuse T = {last}: PPO is better with clipping than without (mean over training)", tokens,
+         _minus(clipped, free)),
+        (f"reuse T = {last} is worse than T = {config.reuse[0]} for best of N (mean over training)", tokens,
+         _minus(_sweep(results, "best_of_n", config.reuse[0], 1), _sweep(results, "best_of_n", last, 1))),
+        ("ours: Min: the gold reward in the loop ends above the learned one", tokens, _mean(gaps)),
+        ("ours: Min: and above one learned from scratch", tokens, _mean(scratch)),
+        ("ours: Min: best of N and RWR spend more KL than RLOO and PPO for the same gold reward (learned)", nats,
+         _minus(supervised, policy_gradient)),
+    ]  # fmt: skip
+
+
+def _minus(a: Floats | None, b: Floats | None) -> Floats | None:
+    return None if a is None or b is None else a - b
+
+
+def _negative(values: Floats | None) -> Floats | None:
+    return None if values is None else -values
+
+
+def _mean(parts: Sequence[Floats | None]) -> Floats | None:
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    average: Floats = np.mean(known, axis=0)
+    return average
+
+
+def _gain(
+    results: Results, task: str, left: Sequence[tuple[str, str]], right: Sequence[tuple[str, str]]
+) -> Floats | None:
+    """Return a paired difference in shares of the way from the reference to the best possible reward."""
+    difference = paired(results, "gold", task, left, right)
+    if difference is None:
+        return None
+    start = np.array([_start(results, task, seed) for seed in results.seeds])
+    share: Floats = difference / (_best(task) - start)
+    return share
+
+
+def _best(task: str) -> float:
+    return 0.0 if task == "mode" else -1.0
+
+
+def _level(results: Results, task: str) -> float:
+    """Return the gold reward halfway between the reference's and the best possible one."""
+    start = float(np.nanmean([_start(results, task, seed) for seed in results.seeds]))
+    return (start + _best(task)) / 2
+
+
+def _kl_spent(results: Results, methods: Sequence[str]) -> Floats | None:
+    """Return the KL that methods spend on Min Length with the learned reward up to the level, one number a seed."""
+    parts: list[Floats | None] = []
+    for method in methods:
+        rows = [results.row("min", method, "learned", seed) for seed in results.seeds]
+        if all(row is not None for row in rows):
+            level = _level(results, "min")
+            parts.append(np.array([kl_at(row["curve"], level) for row in rows if row is not None]))
+    return _mean(parts)
 
 
 # ---- what was done ----
@@ -136,12 +282,9 @@ def _setting(config: LengthStudy, results: Results, foundations: Sequence[Row]) 
             else f"All methods have the learning rate {config.learning_rates[0]:g}; nothing was tuned."
         ),
     )
-    if len(config.seeds) < 5:
-        section.notes([f"{len(config.seeds)} seeds are few: a bootstrap over so few is too narrow; read signs first."])
     rows = []
     for task in config.tasks:
-        found = [pair for row in foundations for pair in row["pairs"] if pair["task"] == task]
-        found = [pair for pair in found if pair["pairs"] == "independent"]
+        found = [pair for row in foundations for pair in row["pairs"] if pair.get("model") == task]
         numbers = {name: np.array([pair[name] for pair in found], np.float64) for name in _PAIR_COLUMNS}
         rows.append((TASK_LABELS[task], *(cell(numbers[name], f"pairs/{task}/{name}") for name in _PAIR_COLUMNS)))
     section.table(
@@ -187,7 +330,7 @@ def _task(config: LengthStudy, results: Results, task: str, foundations: Sequenc
     start = np.array([_start(results, task, seed) for seed in results.seeds])
     section.text(
         f"Here {QUESTIONS[task]}. The reference's gold reward is {number(float(np.nanmean(start)))} tokens; the best "
-        f"possible is {0 if task == 'mode' else -1}."
+        f"possible is {_best(task):.0f}."
     )
     columns = ("gold", "mean_gold", "proxy", "length", "kl", "reverse_kl", "entropy")
     rows: list[tuple[Cell, ...]] = []
@@ -209,13 +352,10 @@ def _task(config: LengthStudy, results: Results, task: str, foundations: Sequenc
     )  # fmt: skip
     section.table(contrast_table(results, task, f"{TASK_LABELS[task]}: paired differences", CONTRASTS))
     section.figure(_gold_dots(results, task, float(np.nanmean(start))))
-    section.panels([_curves(results, task, arm) for arm in ("pairs", *config.arms) if _has(cases, arm)])
-    section.panels(_histograms(config, results, task))
+    arms = [arm for arm in ("pairs", *config.arms) if any(found == arm for _, found in cases)]
+    section.panels([_curves(results, task, arm) for arm in arms])
+    section.panels([_histograms(config, results, task, arm) for arm in arms])
     return section
-
-
-def _has(cases: Sequence[tuple[str, str]], arm: str) -> bool:
-    return any(found == arm for _, found in cases)
 
 
 def _start(results: Results, task: str, seed: int) -> float:
@@ -273,13 +413,13 @@ def paired(results: Results, name: str, task: str, left: Sequence[tuple[str, str
 def contrast_table(results: Results, task: str, title: str, contrasts: Sequence[Contrast]) -> Table:
     """Return the table of paired differences in gold reward."""
     rows = []
-    for words, left, right in contrasts:
+    for label, left, right in contrasts:
         final = paired(results, "gold", task, left, right)
         during = paired(results, "mean_gold", task, left, right)
         if final is None or during is None:
             continue
-        above = f"{int((final > 0).sum())} of {len(final)}, p = {sign_test(final):.2g}"
-        rows.append((words, cell(final, f"{task}/{words}"), above, cell(during, f"{task}/{words}/during")))
+        seeds = f"{int((final > 0).sum())} of {len(final)}, p = {sign_test(final):.2g}"
+        rows.append((label, cell(final, f"{task}/{label}"), seeds, cell(during, f"{task}/{label}/during")))
     return Table(
         title,
         "Differences in gold reward (tokens; above 0: the first is better), paired by seed, with intervals; how many "
@@ -344,21 +484,19 @@ def _padded(values: list[float], length: int) -> list[float]:
     return values + [values[-1]] * (length - len(values))
 
 
-def _histograms(config: LengthStudy, results: Results, task: str) -> list[plots.Picture]:
-    pictures = []
-    for method, arm in results.cases(task):
-        rows = [results.row(task, method, arm, seed) for seed in results.seeds]
+def _histograms(config: LengthStudy, results: Results, task: str, arm: str) -> plots.Picture:
+    """Plot how long the answers of an arm's policies are."""
+    lengths = [float(length) for length in range(1, config.language.cap + 1)]
+    series = []
+    for method, of in results.cases(task):
+        rows = [results.row(task, method, of, seed) for seed in results.seeds]
         texts = [row["values"].get("histogram") for row in rows if row is not None]
         found = [[float(share) for share in text.split()] for text in texts if text]
-        if not found:
-            continue
-        means = np.mean(found, axis=0).tolist()
-        label = f"{LENGTH_METHODS[method].label}, {ARM_LABELS[arm]}"
-        lengths = [str(length) for length in range(1, config.language.cap + 1)]
-        frame = Frame(f"length/{task}/lengths/{method}/{arm}", label, "length (tokens)", "share", small=True,
-                      legend=False)  # fmt: skip
-        pictures.append(plots.bars(lengths, [Series(label, means, index=_index(method))], frame))
-    return pictures
+        if of == arm and found:
+            means = np.mean(found, axis=0).tolist()
+            series.append(Series(LENGTH_METHODS[method].label, means, x=lengths, index=_index(method)))
+    caption = f"{TASK_LABELS[task]}, {ARM_LABELS[arm]}: share of answers of each length at the end, means over seeds."
+    return plots.lines(series, Frame(f"length/{task}/lengths/{arm}", caption, "length (tokens)", "share", small=True))
 
 
 # ---- findings across tasks ----
@@ -371,53 +509,68 @@ def _over_optimisation(config: LengthStudy, results: Results, foundations: Seque
         "which need not be the gold reward's; the figures show where it lies. The gap is the gold reward that the same "
         "method reaches with the gold reward in the loop, less what it reaches with the learned one."
     )
-    pictures = []
-    for task in config.tasks:
-        points = [point for row in foundations for point in row["proxy"] if point["task"] == task]
-        lengths = sorted({point["length"] for point in points})
-        columns = [np.array([p["proxy"] for p in points if p["length"] == length]) for length in lengths]
-        estimates = [
-            estimate(column, f"proxy/{task}/{length}") for column, length in zip(columns, lengths, strict=True)
-        ]
-        caption = f"{TASK_LABELS[task]}: learned reward of the reference's answers cut to each length."
-        frame = Frame(f"length/{task}/proxy", caption, "length (tokens)", "proxy (sd)", small=True, legend=False)
-        pictures.append(plots.lines([_series("learned reward", estimates, 0, lengths)], frame))
-    section.panels(pictures)
-    rows = []
-    for task in config.tasks:
-        best = [_proxy_peak(row, task) for row in foundations]
+    section.panels([_proxy_picture(task, foundations) for task in config.tasks])
+    rows: list[tuple[Cell, ...]] = []
+    for task, arm, stage in _LEARNED:
         for method in config.methods:
-            learned, gold = (results.values("gold", task, method, arm) for arm in ("learned", "gold"))
+            learned = results.values("gold", task, method, arm, stage=stage)
+            gold = results.values("gold", task, method, "gold")
             if learned is None or gold is None:
                 continue
-            proxy = results.values("proxy", task, method, "learned")
-            other = results.values("proxy", task, method, "gold") if not task.startswith("skew") else None
+            key = SCRATCH if arm == "scratch" else task
+            peak = np.array([_proxy_peak(row, key) for row in foundations], np.float64)
+            proxy = results.values("proxy", task, method, arm, stage=stage)
+            other = results.values("proxy", task, method, "gold") if key == task and task in ("min", "mode") else None
             rows.append(
                 (
-                    TASK_LABELS[task],
+                    TASK_LABELS[task] + (", from scratch" if arm == "scratch" else ""),
                     LENGTH_METHODS[method].label,
-                    cell(gold - learned, f"gap/{task}/{method}"),
-                    cell(proxy, f"gap/{task}/{method}/proxy"),
-                    cell(other, f"gap/{task}/{method}/other"),
-                    cell(np.array(best, np.float64), f"peak/{task}"),
+                    cell(learned, f"learned/{key}/{method}"),
+                    cell(gold - learned, f"gap/{key}/{method}"),
+                    cell(proxy, f"gap/{key}/{method}/proxy"),
+                    cell(other, f"gap/{key}/{method}/other"),
+                    cell(peak, f"peak/{key}"),
                 )
             )
     if rows:
         section.table(
             Table(
                 "Over-optimisation",
-                "Gap: gold reward at the end, gold arm minus learned arm, paired by seed. Proxy: what the learned one "
-                "says of the answers of both arms (the gold arm of a skewed task is Min Length's, judged there by "
-                "another model). Peak: the length that the learned reward likes most.",
-                ("task", "method", "gap (tokens)", "proxy, learned arm", "proxy, gold arm", "proxy's peak (tokens)"),
+                "Gap: gold reward at the end, gold arm minus learned arm, paired by seed. Proxy: what the learned "
+                "reward says of its arm's answers, and of the gold arm's. Peak: the length that the "
+                "learned reward likes most. From scratch: the reward model does not begin at the reference's weights; "
+                "its runs have the learning rates that were chosen with the other one.",
+                ("task", "method", "gold, learned arm", "gap (tokens)", "proxy, learned arm", "proxy, gold arm",
+                 "proxy's peak (tokens)"),
                 tuple(rows),
             )
-        )
+        )  # fmt: skip
     return section
 
 
-def _proxy_peak(row: Row, task: str) -> float:
-    points = [point for point in row["proxy"] if point["task"] == task]
+_LEARNED = (
+    ("min", "learned", "main"), ("min", "scratch", "scratch"), ("mode", "learned", "main"),
+    ("skew_long", "learned", "main"), ("skew_short", "learned", "main"),
+)  # fmt: skip
+"""(task, arm, stage) with a learned reward in the loop."""
+
+
+def _proxy_picture(task: str, foundations: Sequence[Row]) -> plots.Picture:
+    series: list[Series] = []
+    for key, label in ((task, "from the reference"), (SCRATCH, "from scratch")):
+        points = [point for row in foundations for point in row["proxy"]]
+        points = [point for point in points if (point["task"], point["model"]) == (task, key)]
+        lengths = sorted({point["length"] for point in points})
+        columns = [np.array([p["proxy"] for p in points if p["length"] == length]) for length in lengths]
+        estimates = [estimate(column, f"proxy/{key}/{length}") for column, length in zip(columns, lengths, strict=True)]
+        if points:
+            series.append(_series(label, estimates, len(series), lengths))
+    caption = f"{TASK_LABELS[task]}: learned reward of the reference's answers cut to each length."
+    return plots.lines(series, Frame(f"length/{task}/proxy", caption, "length (tokens)", "proxy (sd)", small=True))
+
+
+def _proxy_peak(row: Row, key: str) -> float:
+    points = [point for point in row["proxy"] if point["model"] == key]
     return float(max(points, key=lambda point: float(point["proxy"]))["length"])
 
 
@@ -462,23 +615,23 @@ def _add_contrast(
         "Similar or distinct pairs: the rejected answer is the same, and the chosen one is 1 to 3 tokens shorter. "
         "It is the same text ended earlier (similar; edit distance "
         f"{distances['similar'].mean():.1f}) or another answer of that length (distinct; "
-        f"{distances['distinct'].mean():.1f}). Both kinds have the same lengths and the same learning rate "
-        f"({config.learning_rates[0]:g})."
+        f"{distances['distinct'].mean():.1f}). Both kinds have the same lengths and the same learning rates."
     )
-    rows = []
-    for method in ("dpo", "pref_ft"):
+    rows: list[tuple[Cell, ...]] = []
+    for method, rate in ((m, r) for m in ("dpo", "pref_ft") for r in config.contrast_learning_rates):
+        label = f"{LENGTH_METHODS[method].label}, rate {rate:g}"
         sides: dict[str, dict[str, Floats | None]] = {}
         for kind in ("similar", "distinct"):
-            more = {"stage": "contrast", "pairs": kind}
+            more = {"stage": "contrast", "pairs": kind, "rate": rate}
             sides[kind] = {name: results.values(name, "min", method, "pairs", **more) for name in columns}
-            cells = [cell(sides[kind][name], f"contrast/{method}/{kind}/{name}") for name in columns]
-            rows.append((f"{LENGTH_METHODS[method].label}, {kind}", *cells))
+            cells = [cell(sides[kind][name], f"contrast/{label}/{kind}/{name}") for name in columns]
+            rows.append((f"{label}: {kind}", *cells))
         differences = [
-            cell(None if a is None or b is None else a - b, f"contrast/{method}/{name}")
-            for name, a, b in ((name, sides["distinct"][name], sides["similar"][name]) for name in columns)
+            cell(_minus(sides["distinct"][name], sides["similar"][name]), f"contrast/{label}/{name}")
+            for name in columns
         ]
-        rows.append((f"{LENGTH_METHODS[method].label}, distinct minus similar", *differences))
-    section.table(Table("Similar and distinct pairs", "In nats; the third row of each method is paired by seed.",
+        rows.append((f"{label}: distinct minus similar", *differences))
+    section.table(Table("Similar and distinct pairs", "In nats; every third row is a difference, paired by seed.",
                         ("method, pairs", *header), tuple(rows)))  # fmt: skip
 
 
@@ -498,8 +651,7 @@ def _kl(config: LengthStudy, results: Results) -> Section:
         "reward to the best possible one; runs that never reach it are counted, not averaged."
     )
     for task in config.tasks:
-        start = float(np.nanmean([_start(results, task, seed) for seed in results.seeds]))
-        level = (start + (0.0 if task == "mode" else -1.0)) / 2
+        level = _level(results, task)
         rows, series = [], []
         for method, arm in results.cases(task):
             found = [row for seed in results.seeds if (row := results.row(task, method, arm, seed)) is not None]
@@ -533,7 +685,7 @@ def _reuse(config: LengthStudy, results: Results) -> Section:
     methods = [m for m in ("best_of_n", "ppo", "ppo_unclipped") if _sweep(results, m, config.reuse[0], 1) is not None]
     shapes = [(reuse, 1) for reuse in config.reuse]
     shapes += [(1, refresh) for refresh in config.refresh if (1, refresh) not in shapes]
-    names = ("mean_gold", "gold", "staleness", "kl_sampler", "sampler_effective_share", "generated_tokens")
+    names = ("mean_gold", "gold", "staleness", "sampler_kl", "sampler_ess", "generated_tokens")
     rows: list[tuple[Cell, ...]] = []
     for method in methods:
         for reuse, refresh in shapes:
@@ -566,17 +718,17 @@ def _reuse(config: LengthStudy, results: Results) -> Section:
     section.table(Table("Reuse: paired differences", "In gold reward, mean over training (tokens).",
                         ("contrast", "difference"), tuple(contrasts)))  # fmt: skip
     pictures = []
-    for words, picked, axis in (
+    for what, picked, axis in (
         ("reuse T", [shape for shape in shapes if shape[1] == 1], 0),
         ("minibatches of a draw B / M", [shape for shape in shapes if shape[0] == 1], 1),
     ):
         series = []
         for method in methods:
-            estimates = [_maybe(_sweep(results, method, *shape), f"{words}/{method}/{shape}") for shape in picked]
+            estimates = [_maybe(_sweep(results, method, *shape), f"{what}/{method}/{shape}") for shape in picked]
             series.append(
                 _series(LENGTH_METHODS[method].label, estimates, _index(method), [shape[axis] for shape in picked])
             )
-        frame = Frame(f"length/{words}", f"Gold reward, mean over training, against {words}.", words,
+        frame = Frame(f"length/{what}", f"Gold reward, mean over training, against {what}.", what,
                       "gold reward (tokens)", log_x=True, small=True)  # fmt: skip
         pictures.append(plots.lines(series, frame))
     section.panels(pictures)

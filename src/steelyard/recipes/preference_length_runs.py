@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steelyard.config import Config, require_positive, require_range
+from steelyard.data.buffer import trimmed
 from steelyard.data.experience import ExperienceBatch
+from steelyard.data.pairing import PairingRule
 from steelyard.data.sampler import EpochSampler
 from steelyard.envs.length import (
     EOS,
@@ -43,7 +45,7 @@ from steelyard.objectives.preference import PREFERENCE_OBJECTIVES, build_prefere
 from steelyard.objectives.preference.base import PreferenceLearner
 from steelyard.objectives.reward_model import RewardModel, RewardModelConfig
 from steelyard.rng import derive_seed, torch_generator
-from steelyard.train.experience import ExperienceConfig, ExperienceSource, trimmed
+from steelyard.train.experience import ExperienceConfig, ExperienceSource
 from steelyard.train.guards import FiniteGuard
 from steelyard.train.loop import update
 from steelyard.train.optim import OptimConfig, Optimizers
@@ -53,6 +55,10 @@ MethodName = Literal["pref_ft", "dpo", "ipo", "best_of_n", "rwr", "rloo", "ppo",
 ArmName = Literal["learned", "gold"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
+SCRATCH = "min_scratch"
+"""Key of the reward model that does not begin at the reference's weights."""
+DISPLACED = 100
+"""Pairs whose log-probs are followed."""
 GOLD: dict[TaskName, LengthTask] = {"min": "min", "mode": "mode", "skew_long": "skew", "skew_short": "skew"}
 
 
@@ -74,7 +80,7 @@ class LengthMethod:
     fields: Mapping[str, Any] = field(default_factory=dict)
     on_policy: bool = False
     negative: bool = False
-    pairing: str | None = None
+    pairing: PairingRule = "best_worst"
 
 
 LENGTH_METHODS: dict[str, LengthMethod] = {
@@ -85,7 +91,7 @@ LENGTH_METHODS: dict[str, LengthMethod] = {
     "rwr": LengthMethod("on-policy RWR", "rwr", {"tau": 1.0, "standardise": "group"}, on_policy=True),
     "rloo": LengthMethod("RLOO", "rloo", {"beta": 0.0}, on_policy=True, negative=True),
     "ppo": LengthMethod("PPO", "ppo", {"beta": 0.0}, on_policy=True, negative=True),
-    "online_dpo": LengthMethod("on-policy DPO", "dpo", {"beta": 0.1}, True, True, "best_worst"),
+    "online_dpo": LengthMethod("on-policy DPO", "dpo", {"beta": 0.1}, True, True),
     # of the reuse sweep only
     "ppo_unclipped": LengthMethod(
         "PPO without clipping", "ppo", {"beta": 0.0, "epsilon": 1.0, "epsilon_high": 1e6}, on_policy=True, negative=True
@@ -133,7 +139,7 @@ class LengthStudy(Config):
     """Prompts of an update, M; offline methods see as many completions: N / 2 pairs for each."""
     num_generations: int = 4
     """Completions of a prompt, N."""
-    evaluate_every: int = 5
+    evaluate_every: int = 6
     """Updates between evaluations."""
     reuse: tuple[int, ...] = (1, 8)
     """Sweep: passes T over each draw; as many updates, so fewer completions."""
@@ -141,13 +147,17 @@ class LengthStudy(Config):
     """Sweep: minibatches of each draw B / M, with one pass; as many updates and completions, only older ones."""
     contrasts: bool = True
     """Also train DPO and Pref-FT on pairs of similar and of distinct answers."""
+    contrast_learning_rates: tuple[float, ...] = (1e-4, 3e-4)
+    """Adam's steps of those runs, the same for all of them: with large ones everything is pushed down far."""
+    scratch: bool = True
+    """Also run on-policy methods on Min Length with a reward model that does not begin at the reference's weights."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require_positive(
             self, "learning_rates", "width", "sft_examples", "sft_steps", "train_prompts", "held_out_prompts",
             "evaluation_prompts", "reward_model_steps", "skew_rate", "steps", "prompts_per_step", "evaluate_every",
-            "reuse", "refresh",
+            "reuse", "refresh", "contrast_learning_rates",
         )  # fmt: skip
         require_range(self, 2, 64, "num_generations")
         if not self.learning_rates or not self.seeds:
@@ -171,12 +181,12 @@ class Job:
     seed: int
     task: TaskName = "min"
     method: str = ""
-    arm: Literal["learned", "gold", "pairs"] = "pairs"
+    arm: Literal["learned", "gold", "scratch", "pairs"] = "pairs"
     learning_rate: float = 1e-3
     pairs: Literal["independent", "similar", "distinct"] = "independent"
     reuse: int = 1
     refresh: int = 1
-    stage: Literal["tuning", "main", "reuse", "contrast"] = "main"
+    stage: Literal["tuning", "main", "reuse", "contrast", "scratch"] = "main"
 
     @property
     def name(self) -> str:
@@ -196,7 +206,18 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """Columns that tell rows apart."""
-        names = ("stage", "task", "method", "arm", "learning_rate", "pairs", "reuse", "refresh", "seed")
+        names = (
+            "stage",
+            "task",
+            "method",
+            "arm",
+            "learning_rate",
+            "pairs",
+            "reuse",
+            "refresh",
+            "contrast_learning_rates",
+            "seed",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -209,7 +230,7 @@ class Foundation:
 
     Attributes:
         policy: weights of the reference's transformer.
-        rewards: weights of each task's reward model.
+        rewards: weights of each task's reward model, and of Min Length's from scratch (`SCRATCH`).
         prompts: int64 [P, L], of the pairs; the last `held_out_prompts` are held out.
         completions: int64 [P, 2, T] of the reference.
         lengths: int64 [P, 2].
@@ -252,15 +273,18 @@ def lay_foundation(job: Job) -> dict[str, Any]:
 
     pair_rows: list[dict[str, Any]] = []
     proxy_rows: list[dict[str, Any]] = []
-    for task in study.tasks:
+    models: list[tuple[TaskName, str]] = [(task, task) for task in study.tasks]
+    if study.scratch and "min" in study.tasks:
+        models.append(("min", SCRATCH))
+    for task, key in models:
         began = time.process_time()
         train_pairs, held_out = task_pairs(study, foundation, task, seed)
-        reward_model = _reward_model(study, seed, foundation.policy)
+        reward_model = _reward_model(study, seed, None if key == SCRATCH else foundation.policy)
         draw = _draws(train_pairs.batch, len(train_pairs), 32, seed, f"reward/{task}")
         _fit(reward_model, draw, study.reward_model_steps, seed)
-        foundation.rewards[task] = dict(reward_model.state_dict())
+        foundation.rewards[key] = dict(reward_model.state_dict())
         pair_rows.append(
-            {"seed": seed, "task": task, "pairs": "independent"}
+            {"seed": seed, "task": task, "model": key, "pairs": "independent"}
             | describe_pairs(train_pairs)
             | {
                 "reward_model_train_accuracy": _accuracy(reward_model, train_pairs),
@@ -271,7 +295,7 @@ def lay_foundation(job: Job) -> dict[str, Any]:
                 "cpu_seconds": time.process_time() - began,
             }
         )
-        proxy_rows += proxy_by_length(study, foundation, reward_model, task, seed)
+        proxy_rows += proxy_by_length(study, foundation, reward_model, task, key, seed)
     if study.contrasts:
         for kind in ("similar", "distinct"):
             pairs = task_pairs(study, foundation, "min", seed, kind)[0]
@@ -358,9 +382,10 @@ def describe_pairs(pairs: LengthPairs) -> dict[str, float]:
     }
 
 
-def _reward_model(study: LengthStudy, seed: int, policy: Mapping[str, Tensor]) -> RewardModel:
+def _reward_model(study: LengthStudy, seed: int, policy: Mapping[str, Tensor] | None) -> RewardModel:
     backbone = Transformer(study.transformer, torch_generator(seed, "reward model"))
-    backbone.load_state_dict(policy)
+    if policy is not None:
+        backbone.load_state_dict(policy)
     # margins would tell the model by how much the gold rewards differ; people's labels do not
     config = RewardModelConfig(learning_rate=1e-3, head_learning_rate=1e-3, margins=False)
     return RewardModel(config, backbone, torch_generator(seed, "reward head"))
@@ -372,7 +397,7 @@ def _accuracy(model: RewardModel, pairs: LengthPairs) -> float:
 
 
 def proxy_by_length(
-    study: LengthStudy, foundation: Foundation, model: RewardModel, task: TaskName, seed: int
+    study: LengthStudy, foundation: Foundation, model: RewardModel, task: TaskName, key: str, seed: int
 ) -> list[dict[str, Any]]:
     """Return the learned reward's mean over the reference's answers cut to each length, in its standard deviations."""
     language = study.language
@@ -385,7 +410,9 @@ def proxy_by_length(
         cut = recut(language, prompts, completions, own, lengths, torch_generator(seed, "proxy"))
         rewards = standard(model.score(experience(prompts, torch.arange(len(prompts)), cut, lengths)))
         gold = float(length_rewards(GOLD[task], torch.tensor(length), language.mode))
-        rows.append({"seed": seed, "task": task, "length": length, "proxy": float(rewards.mean()), "gold": gold})
+        rows.append(
+            {"seed": seed, "task": task, "model": key, "length": length, "proxy": float(rewards.mean()), "gold": gold}
+        )
     return rows
 
 
@@ -459,14 +486,14 @@ class LengthData:
 class TaskScorer:
     """The learned or the gold reward as a `CompletionScorer`, in standard deviations of the reference's rewards."""
 
-    def __init__(self, study: LengthStudy, foundation: Foundation, task: TaskName, gold: bool, seed: int) -> None:
-        self.name = f"{'gold' if gold else 'learned'} reward, {task}"
+    def __init__(self, study: LengthStudy, foundation: Foundation, task: TaskName, arm: str, seed: int) -> None:
+        self.name = f"{task}, {arm}"
         self._study, self._task = study, task
         self._tokenizer = LengthTokenizer(study.language)
         self.model: RewardModel | None = None
-        if not gold:
-            self.model = _reward_model(study, seed, foundation.policy)
-            self.model.load_state_dict(foundation.rewards[task])
+        if arm != "gold":
+            self.model = _reward_model(study, seed, None)
+            self.model.load_state_dict(foundation.rewards[SCRATCH if arm == "scratch" else task])
         self._standard = Standard.of(self._raw(_reference_batch(study, foundation)))
 
     def _raw(self, batch: ExperienceBatch) -> Tensor:
@@ -501,7 +528,9 @@ class Judge:
         self._study, self._foundation, self._seed = study, foundation, derive_seed(job.seed, "judge")
         self._task = job.task
         self.train_pairs, self._held_out = task_pairs(study, foundation, job.task, job.seed, job.pairs)
-        self._proxy = TaskScorer(study, foundation, job.task, False, job.seed)
+        self._proxy = TaskScorer(
+            study, foundation, job.task, "scratch" if job.arm == "scratch" else "learned", job.seed
+        )
         self._reference = _reference_batch(study, foundation)
 
     @torch.no_grad()
@@ -541,7 +570,7 @@ class Judge:
             "kl_k3": float(((-deltas).exp() - 1 + deltas).mean()),
             "reverse_kl": float(backward.mean()),
             "entropy": float(outputs.entropies.sum() / batch.scored_mask.sum()),
-            "distinct_bigrams": len(bigrams[inside].unique()) / max(1, int(inside.sum())),
+            "distinct_bigrams": len(torch.unique(bigrams[inside])) / max(1, int(inside.sum())),
             "histogram": " ".join(f"{share:.4f}" for share in histogram.tolist()),
         }
         return found | self._displacement(model, "train", self.train_pairs) | self._displacement(
@@ -550,7 +579,7 @@ class Judge:
 
     def _displacement(self, model: TinyLM, name: str, pairs: LengthPairs) -> dict[str, float]:
         """Return how far the log-probs of chosen and rejected completions moved, summed and per token."""
-        batch = pairs[: self._study.held_out_prompts].batch()
+        batch = pairs[:DISPLACED].batch()
         moved = (model.outputs(batch).token_logps - model.reference_token_logps(batch)).sum(1)
         chosen, rejected = moved.view(-1, 2).T
         per_token = (moved / batch.lengths).view(-1, 2).mean(0).tolist()
@@ -563,7 +592,7 @@ class Judge:
         }
 
 
-_KEPT = ("loss/negative_mass", "kl/sampler", "sampler/effective_share", "clip_ratio/low_mean", "clip_ratio/high_mean")
+_KEPT = ("loss/negative_mass", "sampler/kl", "sampler/ess", "clip_ratio/low_mean", "clip_ratio/high_mean")
 _COUNTED = {"generated_tokens": "data/generated_tokens", "reward_queries": "data/reward_queries"}
 
 
@@ -583,7 +612,7 @@ def experience_source(
         prompts_per_refresh=study.prompts_per_step * job.refresh,
         num_generations=study.num_generations,
         reuse=job.reuse,
-        pairing=method.pairing or "best_worst",
+        pairing=method.pairing,
     )
     sampler = TinySampler(learner.model, SamplingConfig(max_new_tokens=study.language.cap), EOS, PAD)
     return ExperienceSource(learner, data, sampler, scorer, None, config, job.seed)
@@ -600,7 +629,7 @@ def train(job: Job) -> dict[str, Any]:
     model.renew_reference()
     learner = build_preference_learner(model, objective)
     judge = Judge(study, foundation, job)
-    scorer = TaskScorer(study, foundation, job.task, job.arm == "gold", job.seed) if method.on_policy else None
+    scorer = TaskScorer(study, foundation, job.task, job.arm, job.seed) if method.on_policy else None
     source = experience_source(job, learner, judge.train_pairs, scorer)
 
     costs = dict.fromkeys(_COUNTED, 0)

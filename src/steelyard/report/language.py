@@ -47,7 +47,8 @@ MOST_SAMPLES = 8
 """Prompts whose samples the page shows."""
 CURVES = (
     "loss/preference", "reward", "completions/mean_length", "rewards/accuracies", "rewards/margins", "rewards/chosen",
-    "rewards/rejected", "loss/negative_mass", "sampler/kl", "data/staleness", "loss/reward_model", "grad/preference",
+    "rewards/rejected", "loss/negative_mass", "sampler/kl", "kl/reference", "data/staleness", "loss/reward_model",
+    "grad/preference",
 )  # fmt: skip
 
 

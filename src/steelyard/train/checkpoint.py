@@ -71,7 +71,7 @@ def save(
 ) -> Path:
     """Write checkpoint `step` under `folder`, then remove all but the last and the best. Return its directory.
 
-    `also` may write further files into pretrained/, whose path it is given.
+    `also` may write further files into pretrained/, whose path it is given, before ours.
 
     Errors of the file system are never swallowed: they stop the run and leave the earlier checkpoints as they are.
     """
@@ -79,6 +79,8 @@ def save(
     prune(folder)
     final = folder / f"step_{step:08d}"
     staging = folder / f".staging-{final.name}"
+    if also is not None:
+        also(staging / "pretrained")
     write_files(
         staging,
         {
@@ -89,7 +91,6 @@ def save(
             "training_state/state.json": state,
         },
         {"step": step, "score": score},
-        also,
     )
     if final.exists():
         _remove(final)
@@ -113,15 +114,8 @@ def prune(folder: Path) -> None:
             _remove(path)
 
 
-def write_files(
-    target: Path,
-    files: dict[str, dict[str, Any]],
-    header: dict[str, Any],
-    also: Callable[[Path], None] | None = None,
-) -> None:
-    """Write JSON and safetensors files and their manifest into the new directory `target`, and sync them to disk."""
-    if also is not None:
-        also(target / "pretrained")
+def write_files(target: Path, files: dict[str, dict[str, Any]], header: dict[str, Any]) -> None:
+    """Write JSON and safetensors files into the directory `target`, a manifest of all that is there, and sync them."""
     for name, content in files.items():
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)

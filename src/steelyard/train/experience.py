@@ -331,7 +331,7 @@ class ExperienceSource:
         born = torch.full((len(batch),), FOREIGN) if batch.born is None else batch.born
         batch = replace(batch, born=born, mismatched=None, sampler_token_logps=None)
         needs = self.needs
-        lacks = (needs.pairs and batch.pairs is None) or (needs.labels and batch.labels is None)
+        lacks = batch.pairs is None and (needs.pairs or (needs.labels and batch.labels is None))
         return self._scored(batch, rows) if needs.rewards or lacks else batch
 
     def _sampled(self, rows: Indices, keys: Indices, refresh: int, attempt: int) -> tuple[ExperienceBatch, int]:
@@ -593,7 +593,7 @@ def _require_rows(needs: PreferenceNeeds, kind: str, data: ExperienceData, score
             f"objective {kind!r} needs pairs, but the data's rows have none (expected chosen and rejected, or several "
             "completions with rewards or a scorer)"
         )
-    if needs.labels and some.labels is None and not (scored and several):
+    if needs.labels and some.labels is None and some.pairs is None and not (scored and several):
         raise ConfigError(
             f"objective {kind!r} needs completions labelled good or bad, but the data's rows have no label"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -17,7 +18,7 @@ import torch
 from steelyard.bench.advise import Advice, as_json
 from steelyard.bench.evidence import Evidence, Floats, Observations, PairObservations, edit_distance, shared_tokens
 from steelyard.config import Config, require_positive, require_range
-from steelyard.data.preferences import TokenizedData, Truncation
+from steelyard.data.preferences import TextData, TokenizedData, Truncation
 from steelyard.envs.samplers import Sampler, SamplingConfig, texts
 from steelyard.envs.scorers import CompletionScorer, checked_scores, text_of
 from steelyard.report.page import Page, Sample, write_page
@@ -64,6 +65,12 @@ class AdviseConfig(Config):
         return SamplingConfig(max_new_tokens=self.max_new_tokens)
 
 
+def some_rows(data: TextData, config: AdviseConfig) -> TextData:
+    """Return random rows, twice as many as are measured (some may be dropped): a large set is not tokenised whole."""
+    order = numpy_generator(config.seed, "advise/some rows").permutation(len(data))[: 2 * config.num_prompts]
+    return dataclasses.replace(data, rows=[data.rows[row] for row in np.sort(order)])
+
+
 @torch.no_grad()
 def observe(
     model: Any,
@@ -88,23 +95,23 @@ def observe(
     rows = numpy_generator(config.seed, "advise/rows").permutation(len(data))[: config.num_prompts]
     rows = np.sort(rows)
     own: dict[str, list[Floats]] = {name: [] for name in ("lengths", "logps", "rewards", "cut")}
-    foreign: dict[str, list[Any]] = {
-        name: [] for name in ("prompt", "lengths", "logps", "rewards", "distances", "shared")
-    }
+    foreign: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(PairObservations)}
     shown: list[Sample] = []
-    with ProgressLine("prompts", len(rows), 0, quiet) as line:
+    n = config.num_generations
+    with ProgressLine("samples", len(rows) * n, 0, quiet) as line:
         for first in range(0, len(rows), config.batch_prompts):
             chosen = rows[first : first + config.batch_prompts]
-            found, written = _sampled(sampler, data, scorer, chosen, config)
+            found, written = _sampled(sampler, data, scorer, chosen, config, next(model.parameters()).device)
             for name, values in found.items():
                 own[name].append(values)
-            pairs, ends = _pairs(model, data, scorer, chosen) if data.kind == "preference" else ({}, [])
+            preferences = data.kind == "preference"
+            pairs, ends = _pairs(model, data, scorer, chosen, config.max_new_tokens) if preferences else ({}, [])
             for name, values in pairs.items():
                 foreign[name].append(values + first if name == "prompt" else values)
             prompts = data.texts(chosen)
             for k in range(min(len(chosen), SHOWN - len(shown))):
                 shown.append(_shown(text_of(prompts[k]), written[k], found["rewards"][k] if scorer else None, ends, k))
-            line.advance_to(first + len(chosen))
+            line.advance_to((first + len(chosen)) * n)
     joined = {name: np.concatenate(values) for name, values in own.items() if values}
     pair_values = {name: np.concatenate(values) for name, values in foreign.items() if values}
     return (
@@ -127,10 +134,11 @@ def _sampled(
     scorer: CompletionScorer | None,
     rows: npt.NDArray[np.int64],
     config: AdviseConfig,
+    device: torch.device,
 ) -> tuple[dict[str, Floats], list[list[str]]]:
     """Return {name: [P, N]} of samples, and their texts by prompt."""
     n = config.num_generations
-    prompts, mask = data.prompts(rows)
+    prompts, mask = (tensor.to(device) for tensor in data.prompts(rows))
     samples = sampler.sample(prompts, mask, n, seed=config.seed, step=0, keys=torch.from_numpy(rows))
     written = texts(samples, data.tokenizer.decode)
     lengths = samples.scored_mask.sum(1).double().cpu().numpy()
@@ -148,21 +156,23 @@ def _sampled(
 
 
 def _pairs(
-    model: Any, data: TokenizedData, scorer: CompletionScorer | None, rows: npt.NDArray[np.int64]
+    model: Any, data: TokenizedData, scorer: CompletionScorer | None, rows: npt.NDArray[np.int64], limit: int
 ) -> tuple[dict[str, Any], list[tuple[int, str]]]:
     """Return what is known of the pairs of some rows, and (prompt, text) of the chosen ones."""
     batch = data.batch(rows)
     assert batch.pairs is not None
     pairs = batch.pairs.numpy()
     device = next(model.parameters()).device
-    logps = model.outputs(batch.to(device)).token_logps.double().sum(1).cpu().numpy()
+    logps = model.outputs(batch.to(device)).token_logps.double().cpu()
     ids, written = data.completion_ids(rows), data.completion_texts(rows)
     prompt_of = batch.prompt_of.numpy()
     distances = [edit_distance(ids[a], ids[b]) / max(len(ids[a]), len(ids[b])) for a, b in pairs]
     found: dict[str, Any] = {
         "prompt": prompt_of[pairs[:, 0]],
         "lengths": batch.lengths.double().numpy()[pairs],
-        "logps": logps[pairs],
+        "logps": logps.sum(1).numpy()[pairs],
+        "head_lengths": batch.scored_mask[:, :limit].sum(1).double().numpy()[pairs],
+        "head_logps": logps[:, :limit].sum(1).numpy()[pairs],
         "distances": np.array(distances),
         "shared": np.array([shared_tokens(ids[a], ids[b]) for a, b in pairs]),
     }

@@ -122,6 +122,7 @@ def fill_pool(
     sampler: Sampler,
     scorer: CompletionScorer,
     config: PairsConfig,
+    device: str = "cpu",
     quiet: bool = False,
 ) -> None:
     """Sample and score what the pool does not hold yet.
@@ -133,6 +134,7 @@ def fill_pool(
         sampler: draws completions.
         scorer: gives rewards.
         config: sizes and seed.
+        device: of the sampler's model.
         quiet: no progress.
 
     Raises:
@@ -148,23 +150,25 @@ def fill_pool(
     else:
         _write_whole(state, json.dumps(made_by, indent=2) + "\n")
     done = _rewind(path, config.num_generations, size, total)
-    with ProgressLine("prompts", total, done, quiet) as line, path.open("ab") as file:
+    n = config.num_generations
+    with ProgressLine("completions", total * n, done * n, quiet) as line, path.open("ab") as file:
         for first in range(done, total, size):
             indices = np.arange(first, min(first + size, total))
-            rows = _sampled(indices, data, sampler, scorer, config)
+            rows = _sampled(indices, data, sampler, scorer, config, device)
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
             file.flush()
             os.fsync(file.fileno())
             scored = [row["reward"] for row in rows if row["reward"] is not None]
-            line.advance_to(int(indices[-1]) + 1, f"reward {np.mean(scored):.3g}" if scored else "nothing scorable")
+            note = f"reward {np.mean(scored):.3g}" if scored else "nothing scorable"
+            line.advance_to((int(indices[-1]) + 1) * n, note)
 
 
 def _sampled(
-    indices: Ints, data: TokenizedData, sampler: Sampler, scorer: CompletionScorer, config: PairsConfig
+    indices: Ints, data: TokenizedData, sampler: Sampler, scorer: CompletionScorer, config: PairsConfig, device: str
 ) -> list[dict[str, Any]]:
     """Return the pool's rows of some prompts."""
     n = config.num_generations
-    prompts, mask = data.prompts(indices)
+    prompts, mask = (tensor.to(device) for tensor in data.prompts(indices))
     samples = sampler.sample(prompts, mask, n, seed=config.seed, step=0, keys=torch.from_numpy(indices))
     written = texts(samples, data.tokenizer.decode)
     lengths = samples.scored_mask.sum(1).long().tolist()
@@ -333,6 +337,7 @@ def make_pairs(
     config: PairsConfig,
     layout: Layout = "trl",
     pool: Path | None = None,
+    device: str = "cpu",
     quiet: bool = False,
 ) -> tuple[Pool, Pairing]:
     """Fill the pool, write the pairs to `out` and return both.
@@ -346,13 +351,14 @@ def make_pairs(
     kept = out.with_name(out.name + ".pool.jsonl") if pool is None else pool
     for path in (out, kept):
         path.parent.mkdir(parents=True, exist_ok=True)
-    fill_pool(kept, identity, data, sampler, scorer, config, quiet)
+    fill_pool(kept, identity, data, sampler, scorer, config, device, quiet)
     drawn = read_pool(kept, len(data))
     pairing = pair_pool(drawn, config)
     if not len(pairing):
+        unfinished = int((~drawn.finished).sum())
         raise DataError(
             f"{kept}: no pair came out of {len(drawn)} completions ({pairing.ties} ties, {pairing.too_close} too "
-            f"close, {pairing.unscorable} unscorable); the samples are kept there"
+            f"close, {pairing.unscorable} unscorable, {unfinished} cut before they ended); the samples are kept there"
         )
     partial = out.with_name(f".partial.{out.name}")
     write_text_data(partial, rows_of_pairs(drawn, pairing, data), layout)

@@ -406,9 +406,9 @@ def _train(config: PreferenceRun, run: RunDir, parts: Parts, found: checkpoint.C
         optimizers.load_state_tensors(found.optimizers)
         first = found.step
     first = distributed.share_state(learner, optimizers, first)
-    state = distributed.share(found.source if found is not None else None)
-    if first:
-        source.load_state_tensors(state if distributed.world() > 1 else found.source)  # type: ignore[union-attr]
+    state = distributed.share({} if found is None else found.source)
+    if state:
+        source.load_state_tensors(state)
     steps = config.experience.updates(len(parts.data)) if config.steps is None else config.steps
     examiner = Examiner(config, run, parts)
     fit(
@@ -434,6 +434,7 @@ class Examiner:
     def __init__(self, config: PreferenceRun, run: RunDir, parts: Parts) -> None:
         self.config, self.run, self.parts = config.evaluation, run, parts
         self.seed, self.device = config.seed, config.runtime.device
+        self.temperature = config.sampling.temperature or 1.0  # KLs are those of the distributions that are sampled
         data, self.rows, self.pair_rows = parts.held_out, np.arange(0), np.arange(0)
         if data is not None:
             self.rows = np.arange(min(self.config.prompts, len(data)))
@@ -486,7 +487,7 @@ class Examiner:
             batch = data.batch(self.pair_rows[first : first + self.config.batch_size])
             if batch.pairs is None or not len(batch.pairs):
                 continue
-            logps, reference, _ = self._logps(batch)
+            logps, reference, _ = self._logps(batch, temperature=self.parts.learner.temperature)
             lengths = batch.lengths
             for chosen, rejected in batch.pairs.tolist():
                 row: dict[str, Any] = {"pair": len(found)}
@@ -510,7 +511,7 @@ class Examiner:
         batch, finished = self._drawn("eval/samples")
         gold = self._rewards(self.parts.gold, batch)
         proxy = None if self.parts.scorer is self.parts.gold else self._rewards(self.parts.scorer, batch)
-        logps, reference, entropies = self._logps(batch, entropies=True)
+        logps, reference, entropies = self._logps(batch, entropies=True, temperature=self.temperature)
         other, other_gold, backwards = self._from_reference()
         prompts, texts = data.texts(self.rows), []
         rows: list[dict[str, Any]] = []
@@ -559,7 +560,7 @@ class Examiner:
                 drawn, _ = self._drawn("eval/reference")
             self._reference = (drawn, self._rewards(self.parts.gold, drawn))
         batch, gold = self._reference
-        logps, reference, _ = self._logps(batch)
+        logps, reference, _ = self._logps(batch, temperature=self.temperature)
         assert reference is not None
         return batch, gold, (reference - logps).sum(1)
 
@@ -594,17 +595,19 @@ class Examiner:
         texts, columns = data.texts(self.rows), data.columns(self.rows)
         return score(scorer, batch, texts, columns, self.parts.tokenizer.decode)
 
-    def _logps(self, batch: ExperienceBatch, entropies: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _logps(
+        self, batch: ExperienceBatch, entropies: bool = False, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return log-probs, those of the reference, and entropies, each [N, T], worked in small parts."""
         learner = self.parts.learner
         found: list[list[Tensor]] = [[], [], []]
         batch = batch.of_prompts(torch.arange(len(batch.prompts)))  # rows by prompt, as the parts will be
         for prompts in torch.split(torch.arange(len(batch.prompts)), self.config.batch_size):
             part = trimmed(batch.of_prompts(prompts)).to(self.device)
-            outputs = learner.model.outputs(part, entropies=entropies, temperature=learner.temperature)
+            outputs = learner.model.outputs(part, entropies=entropies, temperature=temperature)
             values = [outputs.token_logps, None, outputs.entropies]
             if self.has_reference:
-                values[1] = learner.model.reference_token_logps(part, temperature=learner.temperature)
+                values[1] = learner.model.reference_token_logps(part, temperature=temperature)
             for kept, value in zip(found, values, strict=True):
                 if value is not None:
                     width = batch.completions.shape[1] - value.shape[1]
@@ -680,8 +683,16 @@ def dry_run(
 def mask_lines(batch: ExperienceBatch, tokenizer: Tokenizer) -> list[str]:
     """Return the first completion token by token, with what is scored: to see templates, boundary and EOS."""
     prompt = batch.prompts[batch.prompt_of[0]][batch.prompt_mask[batch.prompt_of[0]] > 0].tolist()
-    lines = [f"first prompt: {len(prompt)} tokens, ends with {tokenizer.decode(prompt[-16:])!r}"]
-    for token, scored in list(zip(batch.completions[0].tolist(), batch.scored_mask[0].tolist(), strict=True))[:24]:
-        name = "EOS" if token == tokenizer.eos else repr(tokenizer.decode([token]))
-        lines.append(f"  {token:>7d} {'scored ' if scored else 'padding'} {name}")
+    lines = [f"first prompt: {len(prompt)} tokens, ends with {tokenizer.decode(prompt[-16:])!r}", "its completion:"]
+    tokens = list(zip(batch.completions[0].tolist(), batch.scored_mask[0].tolist(), strict=True))
+    scored = int(batch.scored_mask[0].sum())
+    shown = sorted({*range(min(12, len(tokens))), *range(max(0, scored - 4), min(scored + 2, len(tokens)))})
+    for place, number in enumerate(shown):
+        if place and number != shown[place - 1] + 1:
+            lines.append("      ...")
+        token, mask = tokens[number]
+        name = "EOS" if token == tokenizer.eos and mask else repr(tokenizer.decode([token]))
+        lines.append(f"  {token:>7d} {'scored ' if mask else 'padding'} {name}")
+    if not any(token == tokenizer.eos and mask for token, mask in tokens):
+        lines.append("  no EOS in it: it was cut at the limit")
     return lines

@@ -196,6 +196,11 @@ def test_best_of_n():
     assert found(BestOfNConfig(keep=2), rewarded(1, 0, 0))[0] == pytest.approx((1.5 + (2.0 + 0.9) / 2) / 2)
     assert found(BestOfNConfig(), rewarded(NAN, 0, -1))[0] == pytest.approx(2.0 * 2 / 3)
     assert found(BestOfNConfig(), rewarded(NAN, NAN, NAN))[0] == 0
+    # the rest pushed down
+    loss, weights = found(BestOfNConfig(rest_weight=0.5))
+    assert loss == pytest.approx(1.5 - 0.5 * (2.0 + 0.9) / 2)
+    torch.testing.assert_close(weights, tensor([[1, 1], [-0.25, 0], [-0.25, -0.25]]))
+    assert found(BestOfNConfig(rest_weight=0.5), rewarded(NAN, 0, -1))[0] == pytest.approx((2.0 - 0.5 * 0.9) * 2 / 3)
 
 
 def test_filtered_sft():
@@ -349,7 +354,7 @@ def test_the_kl_controller():
 
 
 def test_equalities():
-    """cDPO(0) = robust(0) = DPO; SimPO(0) = length-normalised DPO with a uniform reference; GRPO is RLOO in other units."""
+    """cDPO(0) = robust(0) = DPO; SimPO(0) = length-normalised DPO of a uniform reference; Dr. GRPO is RLOO, scaled."""
     batch = experience()
 
     def at(config, changed: ExperienceBatch = batch):
@@ -386,7 +391,7 @@ def test_ppo_at_a_ratio_of_one_is_reinforce():
     )
     ppo = learner_of(PPOConfig(beta=0.0, value_weight=0.0))
     reinforce = learner_of(REINFORCEConfig(baseline="none", aggregation="token_mean"))
-    close(loss_and_gradients(ppo, fresh)[1], loss_and_gradients(reinforce, fresh)[1])
+    close(loss_and_gradients(ppo, fresh)[1][:2], loss_and_gradients(reinforce, fresh)[1])  # without the critic's
 
 
 def test_dpo_at_the_reference_is_rloo_of_two():
@@ -443,6 +448,57 @@ def test_metrics_have_the_familiar_names():
     _, metrics = learner.loss_preference(BATCH, seeded())
     assert metrics["kl/reference"].mean() == pytest.approx((0.6 - 0.5 - 0.2) / 3)
     assert float(metrics["clip_ratio/high_mean"]) == pytest.approx(2 / 5)
-    assert (metrics["kl/sampler"] >= 0).all()
+    assert float(metrics["sampler/kl"]) == pytest.approx(-(0.4 - 0.1 - 0.1) / 3)
     ratios = [exp(0.4), exp(-0.1), exp(-0.1)]
-    assert float(metrics["sampler/effective_share"]) == pytest.approx(sum(ratios) ** 2 / sum(r * r for r in ratios) / 3)
+    assert float(metrics["sampler/ess"]) == pytest.approx(sum(ratios) ** 2 / sum(r * r for r in ratios) / 3)
+    # completions of others do not count, whatever stands in their place
+    foreign = SAMPLER.clone()
+    foreign[1] = NAN
+    mixed = dataclasses.replace(BATCH, born=torch.tensor([3, -1, 4]), sampler_token_logps=foreign)
+    _, metrics = build_preference_learner(learner.model, DPOConfig()).loss_preference(mixed, seeded())
+    assert float(metrics["sampler/kl"]) == pytest.approx(-(0.4 - 0.1) / 2)
+    ratios = ratios[:2]
+    assert float(metrics["sampler/ess"]) == pytest.approx(sum(ratios) ** 2 / sum(r * r for r in ratios) / 2)
+
+
+def test_advantages_pass_over_what_is_not_scored():
+    """A completion with a hole (text of a tool) has the advantages of the one without it."""
+    config = PPOConfig(beta=0.5, discount=0.9, gae_lambda=0.8, normalise_advantages=False)
+
+    def with_hole(rows: Tensor) -> Tensor:
+        return torch.stack([rows[:, 0], torch.full_like(rows[:, 0], 7.0), rows[:, 1]], 1)
+
+    holed = dataclasses.replace(
+        BATCH,
+        completions=torch.zeros(3, 3, dtype=torch.int64),
+        scored_mask=tensor([[1, 0, 1], [1, 0, 0], [1, 0, 1]]),
+        sampler_token_logps=with_hole(SAMPLER),
+        values=with_hole(VALUES),
+    )
+    learner = build_preference_learner(Fixed(LOGPS, REFERENCE, VALUES), config)
+    expected, _ = learner.complete(BATCH, {})
+    found, _ = build_preference_learner(Fixed(LOGPS, with_hole(REFERENCE), VALUES), config).complete(holed, {})
+    torch.testing.assert_close(found.advantages[:, [0, 2]], expected.advantages)
+    torch.testing.assert_close(found.returns[:, [0, 2]], expected.returns)
+    assert (found.advantages[:, 1] == 0).all()
+
+
+def test_an_unscorable_completion_teaches_the_critic_nothing():
+    learner = build_preference_learner(Fixed(LOGPS, REFERENCE, VALUES), PPOConfig(value_weight=1.0))
+    batch, _ = learner.complete(rewarded(1, NAN, 0), {})
+    assert batch.returns.isnan().all(1).tolist() == [False, True, False]
+    loss, (policy, values) = loss_and_gradients(learner, batch)
+    assert loss.isfinite()
+    assert (policy[1] == 0).all()
+    assert (values[1] == 0).all()
+    assert (values[0] != 0).all()
+
+
+def test_one_reward_has_no_spread():
+    """Where a group's other rewards are unknown, nothing can be divided by their deviation: no advantage."""
+    for baseline in ("none", "batch", "group", "leave_one_out"):
+        learner = build_preference_learner(
+            Fixed(LOGPS, REFERENCE, VALUES), REINFORCEConfig(baseline=baseline, scale="group")
+        )
+        batch, _ = learner.complete(rewarded(NAN, 2.0, NAN), {})
+        assert (batch.advantages == 0).all()

@@ -121,6 +121,7 @@ def experience(
 CASES: dict[str, PreferenceConfig] = {kind: config() for kind, config in PREFERENCE_OBJECTIVES.items()} | {
     "pref_ft/mean": PrefFTConfig(aggregation="sequence_mean"),
     "best_of_n/2": BestOfNConfig(keep=2, aggregation="token_mean"),
+    "best_of_n/rest": BestOfNConfig(rest_weight=0.5),
     "filtered_sft/sigmoid": FilteredSFTConfig(filter="sigmoid", threshold=0.2),
     "rwr/group": RWRConfig(standardise="group", tau=0.5),
     "rwr/batch": RWRConfig(standardise="batch"),

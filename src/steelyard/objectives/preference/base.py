@@ -203,13 +203,15 @@ class PreferenceLearner(Learner):
         self.groups = {
             name: Group(parameters, config.group_learning_rate(name), config.weight_decay)
             for name, parameters in trainable.items()
+            if name != "value" or config.needs.values
         }
         self.plan = (Phase(("preference",), tuple(self.groups)),)
 
     def loss_preference(self, batch: ExperienceBatch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """Return the objective's value with the gradient of its lambda-scaled surrogate."""
+        batch = self.with_reference(batch)  # before the graph of the policy is in memory
         outputs = self.model.outputs(batch, values=self.config.needs.values, temperature=self.temperature)
-        return self.surrogate(outputs, self.with_reference(batch))
+        return self.surrogate(outputs, batch)
 
     @torch.no_grad()
     def complete(self, batch: ExperienceBatch, memory: Memory) -> tuple[ExperienceBatch, Memory]:
@@ -248,11 +250,11 @@ class PreferenceLearner(Learner):
         if parts.other is not None:
             loss = loss + parts.other
         mass = up.sum() - down.sum()
-        metrics = parts.metrics | {
+        own = {
             "loss/preference": parts.policy.detach(),
             "loss/negative_mass": -down.sum() / mass.clamp(min=1e-12),
         }
-        return loss, metrics
+        return loss, parts.metrics | staleness(outputs, batch) | own
 
     def token_weights(self, batch: ExperienceBatch) -> Tensor:
         """Return c [N, T], by which the objective multiplies the gradient of each token's log-prob (at lambda = 1)."""
@@ -312,6 +314,28 @@ def aggregate(values: Tensor, batch: ExperienceBatch, how: Aggregation, constant
 def sequence_logps(outputs: Outputs, batch: ExperienceBatch) -> Tensor:
     """Return log pi(y|x) [N], summed over scored tokens."""
     return (outputs.token_logps * batch.scored_mask).sum(1)
+
+
+@torch.no_grad()
+def staleness(outputs: Outputs, batch: ExperienceBatch) -> Metrics:
+    r"""Return how far the policy has moved since it drew its completions; {} for text of people.
+
+    `sampler/kl` estimates KL(sampler || policy), the mean of \log \pi_sampler - \log \pi; `sampler/ess` is the share of
+    the completions that importance weights \rho leave, (\sum \rho)^2 / (n \sum \rho^2). Both over completions that this
+    run has drawn.
+    """
+    if batch.sampler_token_logps is None:
+        return {}
+    own = torch.ones_like(batch.prompt_of, dtype=torch.bool) if batch.born is None else batch.born >= 0
+    if batch.mismatched is not None:
+        own = own & (batch.mismatched == 0)
+    moved = ((outputs.token_logps - batch.sampler_token_logps) * batch.scored_mask).sum(1)
+    count = own.sum()
+    log_ratio = moved.masked_fill(~own, -math.inf)
+    return {
+        "sampler/kl": -moved.masked_fill(~own, 0.0).sum() / count,
+        "sampler/ess": (2 * log_ratio.logsumexp(0) - (2 * log_ratio).logsumexp(0)).exp() / count,
+    }
 
 
 def _in_chunks(function: Callable[[ExperienceBatch], Tensor], batch: ExperienceBatch) -> Tensor:

@@ -160,11 +160,6 @@ def policy_metrics(
     if batch.reference_token_logps is not None:
         reference = (batch.reference_token_logps * batch.scored_mask).sum(1)
         metrics["kl/reference"] = sequence_logps(outputs, batch) - reference  # k1 on completions, as old as they are
-    if batch.sampler_token_logps is not None:
-        tokens = log_ratios_to_sampler(outputs, batch, "token")
-        metrics["kl/sampler"] = (tokens.expm1() - tokens).sum(1)  # KL(sampler || policy), by k3: never negative
-        total = tokens.sum(1)  # (sum of ratios)^2 / sum of their squares, over completions
-        metrics["sampler/effective_share"] = (2 * total.logsumexp(0) - (2 * total).logsumexp(0)).exp() / len(batch)
     if clip is not None:
         log_ratio, low, high = clip
         ratio, advantages = log_ratio.exp(), batch.advantages

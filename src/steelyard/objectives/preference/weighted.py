@@ -1,4 +1,4 @@
-"""What objectives share that imitate completions with weights of at least 0: no negative gradient.
+"""What objectives share that imitate completions with weights of at least 0 (best of N may subtract the rest).
 
 The weights are the batch's `advantages`, computed once over a whole buffer.
 """

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from steelyard.bench.stats import Estimate, Floats, number, sign_test
+from steelyard.bench.stats import Estimate, Floats, number, probability_of_improvement, sign_test
 from steelyard.recipes.preference_bandit import METHODS, ArmResult, BanditStudy, Columns, Results, areas
 from steelyard.recipes.preference_findings import Finding, above, band, iqm, mean, slopes, within, words
 from steelyard.report import plots
 from steelyard.report.page import Section
 from steelyard.report.plots import Frame, Picture, Series
 from steelyard.report.tables import MISSING, Cell, Table
+from steelyard.rng import numpy_generator
 
 TIE = 0.15
 """Rewards that differ by less are called comparable; the reward's range is 0 to 1."""
@@ -134,12 +135,12 @@ def _negative(results: Results, study: BanditStudy) -> Iterator[Finding]:
     ]
     if all(result for _, result in widening):
         margins = [r.final("delta_chosen") - r.final("delta_rejected") for _, r in widening if r]
-        gain = np.minimum(margins[0], margins[1]) - margins[2]
         yield Finding(
-            "A negative gradient widens the margin between chosen and rejected more than supervision does.",
-            above(mean(gain)),
-            f"Margin of the log-ratios, the smaller of DPO's and IPO's less best-of-N's, nats: {words(gain, 1)}",
-            _TASK,
+            "A negative gradient widens the margin between chosen and rejected completions.",
+            above(mean(np.minimum(margins[0], margins[1]))),
+            "delta_w - delta_l from 0 before training, nats: "
+            + ", ".join(f"{name} {mean(margin).text(1)}" for (name, _), margin in zip(widening, margins, strict=True)),
+            f"{_TASK}; on the training pairs",
         )
 
 
@@ -155,9 +156,9 @@ def _reuse(results: Results, study: BanditStudy) -> Iterator[Finding]:
         )
         yield Finding(
             "Excessive reuse hurts on the same samples (best-of-N).",
-            above(_gap(curve)),
+            above(mean(losses_to_reuse(curve))),
             f"Reward at the best smaller T (the best of the other seeds) minus T = {study.reuse_samples[-1]}: "
-            f"{_gap(curve).text(3)}",
+            f"{mean(losses_to_reuse(curve)).text(3)}",
             f"{_TASK}; T also buys optimiser steps",
         )
     for rate in study.fixed_rates:
@@ -166,7 +167,7 @@ def _reuse(results: Results, study: BanditStudy) -> Iterator[Finding]:
         if both[0] is None or both[1] is None or len(study.reuse_steps) < 2:
             continue
         last = study.reuse_steps[-1]
-        gap = _gap(both[0])
+        gap = mean(losses_to_reuse(both[0]))
         yield Finding(
             f"Excessive reuse hurts at fixed samples and steps (best-of-N, learning rate {rate:g}).",
             above(gap),
@@ -215,12 +216,14 @@ def _speed(results: Results, study: BanditStudy) -> Iterator[Finding]:
     if not pairwise or not others:
         return
     fastest = [max(group, key=lambda r: areas(r.tuning[r.area_rate]).mean()) for group in (pairwise, others)]
-    gain = areas(fastest[0].area_runs) - areas(fastest[1].area_runs)
+    heights = [areas(result.area_runs) for result in fastest]
+    gain = heights[0] - heights[1]
+    better = probability_of_improvement([heights[0]], [heights[1]], numpy_generator(0, "study/better"))
     yield Finding(
         "The combination is fastest: on-policy DPO or IPO learns from fewer reward queries than the others.",
         above(mean(gain)),
         f"Area under the reward-query curve, {_label(fastest[0])} minus {_label(fastest[1])}, each the fastest of its "
-        f"kind on tuning seeds: {words(gain)}",
+        f"kind on tuning seeds: {words(gain)}; probability that a random run of the former is faster: {better.text()}",
         f"{_TASK}, for speed (by the area under the curve)",
     )
 
@@ -229,7 +232,7 @@ def _tokens(results: Results, study: BanditStudy) -> Iterator[Finding]:
     names = [name for name in SHARED if ("tokens", f"on-policy {name}", "misaligned", "") in results]
     gains, used = [], []
     for name in names:
-        off = results.get(("tokens", f"offline {name}", "misaligned", "refreshed"))
+        off = results.get(("tokens", f"offline {name}", "misaligned", ""))
         if off:
             gains.append(results["tokens", f"on-policy {name}", "misaligned", ""].final() - off.final())
             used.append(name)
@@ -243,13 +246,14 @@ def _tokens(results: Results, study: BanditStudy) -> Iterator[Finding]:
         )
 
 
-def _gap(curve: Floats) -> Estimate:
-    """Return (best smaller T) minus (largest T) of rewards [S, P], paired over seeds.
+def losses_to_reuse(curve: Floats) -> Floats:
+    """Return (best smaller T) minus (largest T) [S] of rewards [S, P].
 
-    Each seed's best T is that of the mean over the *other* seeds, so that choosing it favours nothing.
+    Each seed's best T is that of the mean over the *other* seeds, so that on average choosing it favours nothing.
     """
     others = (curve.sum(0) - curve)[:, :-1]
-    return mean(curve[np.arange(len(curve)), others.argmax(1)] - curve[:, -1])
+    losses: Floats = curve[np.arange(len(curve)), others.argmax(1)] - curve[:, -1]
+    return losses
 
 
 def _best(
@@ -306,8 +310,8 @@ def _who_draws(results: Results, study: BanditStudy) -> Iterator[Section]:
         "A context, one of 100 actions, and a reward around one action: bin 70, where the reference has a mass of "
         "0.002 (misaligned), or bin 20, near its mode (aligned). Offline arms take "
         f"{study.offline_steps} steps on one set of {study.completions} completions of each of {study.prompts} "
-        f"prompts; on-policy arms draw as many afresh {study.refreshes} times and take {study.reuse} steps on each. The policy "
-        "starts at the reference; rewards are exact expectations on 100 unseen contexts."
+        f"prompts; on-policy arms draw as many afresh {study.refreshes} times and take {study.reuse} steps on each. "
+        "The policy starts at the reference; rewards are exact expectations on 100 unseen contexts."
     )
     methods = list(METHODS)
     pictures = []
@@ -331,7 +335,7 @@ def _who_draws(results: Results, study: BanditStudy) -> Iterator[Section]:
             )
         )
     section.panels(pictures)
-    section.figure(_query_curves(results, study))
+    section.figure(_query_curves(results, study), _moved(results, study), _divergences(results, study))
     for target in study.targets:
         section.table(_results_table([results["main", method, target, ""] for method in methods], target))
     section.table(_pairs_table(results, study), _mass_table(results, study))
@@ -359,6 +363,45 @@ def _query_curves(results: Results, study: BanditStudy) -> Picture:
             ylim=(-0.03, 1.03),
         ),
     )
+
+
+def _moved(results: Results, study: BanditStudy) -> Picture:
+    """Draw the displacement of chosen and rejected completions, offline."""
+    target = study.targets[0]
+    methods = [method for method in METHODS if not METHODS[method].on_policy]
+    frame = Frame(
+        f"displacement/{target}",
+        f"{target.capitalize()}, offline: mean log pi / pi_ref of the chosen (delta_w) and rejected (delta_l) "
+        "completions trained on, with 95% intervals. Left of the line: less likely than before.",
+        xlabel="nats",
+        level=0.0,
+    )
+    return _of_methods(results, methods, target, {"delta_chosen": "delta_w", "delta_rejected": "delta_l"}, frame)
+
+
+def _divergences(results: Results, study: BanditStudy) -> Picture:
+    """Draw both KL divergences of all methods."""
+    target = study.targets[0]
+    frame = Frame(
+        f"kl/{target}",
+        f"{target.capitalize()}: KL(pi, ref), small where pi stays on the reference's actions, and KL(ref, pi), "
+        "large where it gives actions of the reference up; both exact, on unseen contexts, with 95% intervals.",
+        xlabel="nats",
+    )
+    return _of_methods(
+        results, list(METHODS), target, {"reverse_kl": "KL(pi, ref)", "forward_kl": "KL(ref, pi)"}, frame
+    )
+
+
+def _of_methods(
+    results: Results, methods: Sequence[str], target: str, columns: dict[str, str], frame: Frame
+) -> Picture:
+    """Draw the mean last value of columns, one row a method."""
+    series = []
+    for index, (name, label) in enumerate(columns.items()):
+        ends = [mean(results["main", method, target, ""].final(name)) for method in methods]
+        series.append(_dots(label, ends, index))
+    return plots.dots([METHODS[method].label for method in methods], series, frame)
 
 
 def _results_table(results: Sequence[ArmResult], title: str) -> Table:
@@ -401,7 +444,7 @@ def _pairs_table(results: Results, study: BanditStudy) -> Table:
             for group, variant, words_ in (
                 ("main", "", "one small set"),
                 ("matched", "refreshed", "equal samples and steps"),
-                ("matched", "one set", "one set, equal samples and steps"),
+                ("matched", "one set", "one large set, equal samples and steps"),
             ):
                 off = results.get((group, f"offline {name}", target, variant))
                 if on and off:
@@ -460,7 +503,7 @@ def _lambda(results: Results, study: BanditStudy) -> Iterator[Section]:
             )
             pictures.append(plots.lines(series, frame))
     section.figure(*pictures)
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for method, slope, rewards in table:
         ends = (mean(rewards[:, i]) for i in range(rewards.shape[1]))
         rows.append((METHODS[method].label, *ends, mean(slope), number(sign_test(slope), 3)))
@@ -614,6 +657,12 @@ def _rates(results: Results, study: BanditStudy) -> Iterator[Section]:
         rows.append((result.arm.group, result.arm.target, _label(result), result.arm.variant or MISSING, *ends))
     header = ("arm", "target", "method", "variant", *(f"{rate:g}" for rate in study.learning_rates))
     caption = "Final reward at each learning rate on the tuning seeds, mean [95% interval]."
+    for end, word in ((min(study.learning_rates), "smallest"), (max(study.learning_rates), "largest")):
+        edge = [f"{_label(r)} ({r.arm.group}, {r.arm.target})" for r in tuned if r.rate == end and not r.arm.variant]
+        if edge:
+            section.text(
+                f"These chose the {word} rate of the list, so that a better one may lie beyond: {', '.join(edge)}."
+            )
     yield section.figure(*pictures).table(Table("All learning rates", caption, header, tuple(rows)))
 
 
