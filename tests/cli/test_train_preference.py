@@ -131,6 +131,10 @@ def test_trl_names_and_short_options():
     assert (found.steps, found.optim.shards, found.negative) == (7, 2, 0.25)
     assert (found.sampling.max_new_tokens, found.data.max_prompt_tokens, found.sampling.temperature) == (33, 44, 0.9)
     assert found.objective.learning_rate == 1e-4
+    assert (
+        train_preference.read("--objective grpo --max-completion-length 33".split()).objective.max_completion_tokens
+        == 33
+    )
 
 
 def test_objectives_that_need_fresh_samples_draw_them():

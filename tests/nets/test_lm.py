@@ -174,6 +174,23 @@ def test_a_continued_adapter_is_its_own_reference(tmp_path):
         load(LanguageModelConfig(str(folder), adapter=LoRAConfig()))
 
 
+def test_adapters_compute_what_peft_computes():
+    model, batch = nudge(load(LORA)), ragged(3, 6, 259, 4)
+
+    def found() -> tuple[torch.Tensor, ...]:
+        logps = model.outputs(batch).token_logps
+        return logps, *torch.autograd.grad((logps**2).sum(), model.trainable()["policy"])
+
+    ours = found()
+    for module in model.network.modules():
+        module.__dict__.pop("forward", None)
+    theirs = found()
+    assert not torch.equal(ours[0], theirs[0]), "both ways were taken"
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, atol=1e-3, rtol=1e-4)
+    assert (ours[0] - theirs[0]).abs().max() < 1e-5
+
+
 def test_contradictions_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no adapter; use 'copy'"):
         load(LanguageModelConfig("tiny", reference="adapter_off"))

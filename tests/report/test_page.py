@@ -71,6 +71,16 @@ def test_one_colour_and_line_for_one_method():
     assert plots.colour(0) not in one.markup
 
 
+def test_numbers_of_many_sizes_and_either_sign_are_told_apart():
+    wide = [Series("a", [-1000.0, 0.0, 1000.0], [-2000, -1, 900], [-500, 1, 1100], x=[0, 1, 2])]
+    for picture in (
+        plots.dots(["one", "two", "three"], wide, Frame("wide", "c", "nats", symlog=True)),
+        plots.lines(wide, Frame("tall", "c", "x", "nats", symlog=True)),
+    ):
+        assert "-1000" in picture.markup  # plain numbers, no formulas
+        assert "-10<" in picture.markup
+
+
 def test_the_same_figure_twice_is_the_same_text():
     frame = Frame("same", "caption", "x", "y")
     assert plots.lines(series(), frame) == plots.lines(series(), frame)

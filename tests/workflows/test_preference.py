@@ -354,10 +354,14 @@ def test_an_adapter_is_a_folder_of_peft_and_a_checkpoint_holds_no_base(data, tmp
 
 
 @pytest.mark.lm
-def test_a_language_model_resumes_bit_for_bit(data, tmp_path):
+@pytest.mark.parametrize("full", [False, True])
+def test_a_language_model_resumes_bit_for_bit(full, data, tmp_path):
+    """Adapters; and all weights with a value head, under the names that transformers gives them."""
     pytest.importorskip("transformers")
-    model = LanguageModelConfig(name="tiny", adapter=LoRAConfig(rank=2, alpha=4.0))
+    model = LanguageModelConfig(name="tiny", adapter=None if full else LoRAConfig(rank=2, alpha=4.0))
     config = small(data, model=model, steps=6, evaluation=PreferenceEvaluation(2, 1, 2))
+    if full:
+        config = replace(config, objective=PPOConfig(learning_rate=1e-3, value_learning_rate=1e-2))
     preference.start(config, tmp_path / "whole", quiet=True)
     Child(config, tmp_path / "run", 5)
     preference.resume(tmp_path / "run", quiet=True)

@@ -148,6 +148,8 @@ def _aliases(config: preference.PreferenceRun, argv: list[str]) -> dict[str, Any
         if text is not None:
             is_whole = option[2:].split("-")[0] in whole and option != "--num-train-epochs"
             found[field] = _number(option, text, is_whole)
+    if "sampling.max_new_tokens" in found and hasattr(config.objective, "max_completion_tokens"):
+        found["objective.max_completion_tokens"] = found["sampling.max_new_tokens"]  # Dr. GRPO divides by it
     if "experience.prompts_per_refresh" in found:
         size = found.get("experience.minibatch_prompts", config.experience.minibatch_prompts)
         found["experience.prompts_per_refresh"] *= size

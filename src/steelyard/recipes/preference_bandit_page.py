@@ -179,7 +179,8 @@ def _reuse(results: Results, study: BanditStudy) -> Iterator[Finding]:
             f"Clipping tolerates reuse: PPO loses less by it than best-of-N (learning rate {rate:g}).",
             above(mean(contrast)),
             f"(PPO at T = {last} less T = {study.reuse_steps[0]}) minus the same of best-of-N: {words(contrast)}",
-            f"{_TASK}; fixed samples and steps; a group baseline in place of a critic",
+            f"{_TASK}; fixed samples and steps; a group baseline in place of a critic; the clip also holds the policy "
+            "near its sampler, which binds where refreshes are few",
         )
 
 
@@ -375,6 +376,7 @@ def _moved(results: Results, study: BanditStudy) -> Picture:
         "completions trained on, with 95% intervals. Left of the line: less likely than before.",
         xlabel="nats",
         level=0.0,
+        symlog=True,
     )
     return _of_methods(results, methods, target, {"delta_chosen": "delta_w", "delta_rejected": "delta_l"}, frame)
 
@@ -387,6 +389,7 @@ def _divergences(results: Results, study: BanditStudy) -> Picture:
         f"{target.capitalize()}: KL(pi, ref), small where pi stays on the reference's actions, and KL(ref, pi), "
         "large where it gives actions of the reference up; both exact, on unseen contexts, with 95% intervals.",
         xlabel="nats",
+        symlog=True,
     )
     return _of_methods(
         results, list(METHODS), target, {"reverse_kl": "KL(pi, ref)", "forward_kl": "KL(ref, pi)"}, frame
@@ -405,6 +408,7 @@ def _of_methods(
 
 
 def _results_table(results: Sequence[ArmResult], title: str) -> Table:
+    failures = any(result.failed for result in results)
     rows = []
     for result in results:
         cells: tuple[Cell, ...] = (
@@ -415,9 +419,8 @@ def _results_table(results: Sequence[ArmResult], title: str) -> Table:
                 _cell(result, name)
                 for name in ("reverse_kl", "forward_kl", "entropy", "delta_chosen", "delta_rejected")
             ),
-            str(result.arm.case.queries),
-            str(result.arm.case.steps),
-            str(result.failed) if result.failed else MISSING,
+            f"{result.arm.case.queries} / {result.arm.case.steps}",
+            *((str(result.failed),) if failures else ()),
         )
         rows.append(cells)
     return Table(
@@ -426,7 +429,8 @@ def _results_table(results: Sequence[ArmResult], title: str) -> Table:
         "in with their value at collapse.",
         (
             *("method", "learning rate", "reward", "KL(pi, ref)", "KL(ref, pi)", "entropy", "delta_w", "delta_l"),
-            *("queries", "steps", "failed"),
+            "queries / steps",
+            *(("failed",) if failures else ()),
         ),
         tuple(rows),
         (

@@ -215,7 +215,6 @@ class Job:
             "pairs",
             "reuse",
             "refresh",
-            "contrast_learning_rates",
             "seed",
         )
         return {name: getattr(self, name) for name in names}

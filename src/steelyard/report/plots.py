@@ -216,6 +216,7 @@ class Frame:
         log_x: logarithmic axis.
         ylim: limits of the y axis (of the value axis in `dots`); None: from the data.
         level: a horizontal line (in `dots` a vertical one) drawn for comparison, for example at the start's reward.
+        symlog: values on a logarithmic axis beyond -1 and 1, for numbers of either sign and many sizes.
         small: for a panel among others, rather than the width of the text.
         legend: draw the key above; off in panels that share one.
     """
@@ -227,6 +228,7 @@ class Frame:
     log_x: bool = False
     ylim: tuple[float, float] | None = None
     level: float | None = None
+    symlog: bool = False
     small: bool = False
     legend: bool = True
 
@@ -247,6 +249,8 @@ def lines(series: Sequence[Series], frame: Frame) -> Picture:
     if frame.level is not None:
         axis.axhline(frame.level, color=INK, linewidth=0.8, alpha=0.5)
     _dress(axis, frame.xlabel, frame.ylabel)
+    if frame.symlog:
+        _symlog(axis, "y")
     if frame.log_x:
         ticks = sorted({float(x) for one in series for x in one.x or ()})
         axis.set_xscale("log")
@@ -271,6 +275,8 @@ def dots(groups: Sequence[str], series: Sequence[Series], frame: Frame) -> Pictu
     if frame.level is not None:
         axis.axvline(frame.level, color=INK, linewidth=0.8, alpha=0.5)
     _dress(axis, frame.xlabel, frame.ylabel)
+    if frame.symlog:
+        _symlog(axis, "x")
     axis.set_yticks(range(len(groups)), groups, parse_math=False)
     axis.set_ylim(len(groups) - 0.4, -0.6)
     if frame.ylim is not None:
@@ -299,12 +305,20 @@ def bars(groups: Sequence[str], series: Sequence[Series], frame: Frame) -> Pictu
     return _finished(figure, series, frame)
 
 
+def _symlog(axis: Any, which: str) -> None:
+    """Make one axis logarithmic beyond -1 and 1, with plain numbers at its ticks."""
+    scale, of_axis = (axis.set_xscale, axis.xaxis) if which == "x" else (axis.set_yscale, axis.yaxis)
+    scale("symlog", linthresh=1)
+    of_axis.set_major_formatter(require("matplotlib.ticker", "report").FuncFormatter(lambda x, _: f"{x:g}"))
+
+
 def _finished(figure: Any, series: Sequence[Series], frame: Frame) -> Picture:
     """Return the picture with its key; the last value of each series is its alternative text."""
     indices = [position if one.index is None else one.index for position, one in enumerate(series)]
     words = "; ".join(f"{one.label}: {one.y[-1]:.3g}" for one in series if len(one.y))
     label = f"{frame.ylabel or frame.xlabel} of {words}" if len(words) < 400 else frame.caption
-    key = legend(series, indices) if frame.legend and len(series) > 1 else ""
+    named = len(series) > 1 or series[0].x is not None  # one set of dots or bars is named by its axis
+    key = legend(series, indices) if frame.legend and named else ""
     return Picture(key + _svg(figure, frame.name, label), frame.caption)
 
 

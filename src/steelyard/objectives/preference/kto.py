@@ -1,7 +1,7 @@
 r"""KTO: completions judged one by one, with losses that weigh more than gains.
 
 Ethayarajh, Xu, Muennighoff, Jurafsky, Kiela, "KTO: Model Alignment as Prospect Theoretic Optimization" (ICML 2024),
-eq. 8.
+eq. 7.
 
 Idea: the value of an outcome is judged against a reference point \kappa, what the policy gains on average:
 
@@ -76,7 +76,7 @@ def kto_loss(outputs: Outputs, batch: ExperienceBatch, config: KTOConfig) -> Los
     undesirable = (batch.labels == 0) * (1 - mismatched)
     gains = 1 - (config.beta * (ratios - kappa)).sigmoid()
     losses = 1 - (config.beta * (kappa - ratios)).sigmoid()
-    value = config.desirable_weight * desirable * gains + config.undesirable_weight * undesirable * losses  # eq. 8
+    value = config.desirable_weight * desirable * gains + config.undesirable_weight * undesirable * losses  # eq. 7
     rewards = (config.beta * ratios).detach()
     metrics = {
         "kto/kappa": kappa,
