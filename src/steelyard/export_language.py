@@ -62,6 +62,7 @@ def export_language(run: str | Path, out: str | Path, merged: bool | None = None
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         model.save_pretrained(staging, merged=merged is not False)
+        _name_base(staging / "adapter_config.json", artefact)
         (staging / "README.md").write_text(
             card(folder, artefact, merged is not False, which, model._peft[0] is not None)
         )
@@ -72,6 +73,13 @@ def export_language(run: str | Path, out: str | Path, merged: bool | None = None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return out
+
+
+def _name_base(file: Path, artefact: PreferenceArtefact) -> None:
+    """Name the hub's model in an adapter of the packaged one, instead of a folder of this machine."""
+    if file.is_file() and isinstance(artefact.model, LanguageModelConfig) and artefact.model.name == "smollm2":
+        settings = json.loads(file.read_text()) | {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def card(folder: Path, artefact: PreferenceArtefact, merged: bool, which: str, adapter: bool) -> str:

@@ -132,7 +132,7 @@ def test_trl_names_and_short_options():
     assert (found.sampling.max_new_tokens, found.data.max_prompt_tokens, found.sampling.temperature) == (33, 44, 0.9)
     assert found.objective.learning_rate == 1e-4
     assert (
-        train_preference.read("--objective grpo --max-completion-length 33".split()).objective.max_completion_tokens
+        train_preference.read(["--objective", "grpo", "--max-completion-length", "33"]).objective.max_completion_tokens
         == 33
     )
 

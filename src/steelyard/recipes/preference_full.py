@@ -143,6 +143,8 @@ _ALPACA_RUN = PreferenceRun(
 _NOT_KNOWN = (
     f"The policy starts from the result of the sft setting: a folder, here called {_SFT_FOLDER}.",
     "The number of updates is not known; here: one pass.",
+    "The role marks of the template are tokens of their own there; here they are text, which the tokenizer may split.",
+    "The limit of 128 tokens of prompt is that of sampling; that of training on pairs is not known.",
 )
 _POLICY_NOT_KNOWN = (
     *_NOT_KNOWN,

@@ -118,7 +118,7 @@ def sections(
 
 COMPARABLE = 0.5
 """Mean differences of less than half a token are taken for none."""
-_TOY = "a toy language of 25 tokens and a transformer of two layers, instead of Pythia-1.4B"
+_TOY = "a toy language and a transformer of two layers"
 
 
 def findings(config: LengthStudy, results: Results) -> list[Finding]:
@@ -183,7 +183,7 @@ def claims(config: LengthStudy, results: Results) -> list[tuple[str, str, Floats
          paired(results, "gold", "min", _group(("dpo", "ipo"), "pairs"), [("pref_ft", "pairs")])),
         ("Mode: offline, DPO and IPO are comparable to Pref-FT", tokens,
          paired(results, "gold", "mode", _group(("dpo", "ipo"), "pairs"), [("pref_ft", "pairs")])),
-        ("Min: on-policy DPO is faster than all others (mean over training, learned reward)", tokens, fast),
+        ("Min: on-policy DPO is faster than the others on average (mean over training, learned reward)", tokens, fast),
         ("Min: on-policy DPO with the learned reward ends above offline DPO", tokens,
          paired(results, "gold", "min", [("online_dpo", "learned")], [("dpo", "pairs")])),
         ("Min: DPO lowers the log-probability of held-out chosen answers", nats,
@@ -786,7 +786,8 @@ def _costs(
         "Every run came to its end."
         if not stopped
         else "Runs that stopped early; they keep the values they had and stay in all averages. Converged: every answer "
-        "to every prompt had the same reward, so there was nothing left to learn."
+        "to every prompt had the same reward, so there was nothing left to learn. A failed run has no displacement, "
+        "entropy or KL from the reference; those columns are means over the other runs."
     )
     section.notes(stopped[:20] + ([f"and {len(stopped) - 20} more, in rows.csv"] if len(stopped) > 20 else []))
     return section

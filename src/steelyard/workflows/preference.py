@@ -291,6 +291,7 @@ class Parts:
         folder.mkdir(parents=True, exist_ok=True)
         if not _saves_whole(model):
             model.save_pretrained(folder, merged=False)
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form; `steelyard export` writes a card
             return
         own = getattr(self.tokenizer, "tokenizer", None)
         if own is not None:
