@@ -95,7 +95,7 @@ class Optimizers:
 
     def apply(self, phase: Phase, gradients: list[Tensor]) -> Tensor:
         """Clip the gradients of a phase, in place, and step its groups. Return their norm before clipping."""
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # type: ignore[arg-type]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self.config.max_grad_norm is not None:
             torch._foreach_mul_(gradients, torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0))
         first = 0

@@ -54,9 +54,16 @@ class ProgressLine:
         # a run that was killed begins again at its last checkpoint: less is done than there was
         rate = max(0, done - self.start) / max(now - self._began, 1e-9)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=f"{rate:.0f}/s", note=note)
+            self._bar.update(self._task, completed=done, rate=pace(rate), note=note)
         elif now - self._shown >= PLAIN_SECONDS or done == self.total:
             self._shown = now
             left = f", {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
             tail = f", {note}" if note else ""
-            print(f"{self.label}: {done}/{self.total}, {rate:.0f}/s{left}{tail}", file=sys.stderr, flush=True)
+            print(f"{self.label}: {done}/{self.total}, {pace(rate)}{left}{tail}", file=sys.stderr, flush=True)
+
+
+def pace(rate: float) -> str:
+    """Return a rate per second for people: "120/s", "2.4/s", or "31 s each" where one takes longer than a second."""
+    if rate >= 10 or rate == 0:
+        return f"{rate:.0f}/s"
+    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.0f} s each"
