@@ -211,8 +211,13 @@ def arms_of(study: BanditStudy) -> list[Arm]:
         )
         found.append(Arm(group, method, target, variant, replace(base, **case), tuple(rates) or study.learning_rates))
 
-    short = {"refreshes": study.short_refreshes}
-    total = {"refreshes": 1, "completions": study.refreshes * study.completions, "reuse": study.refreshes * study.reuse}
+    more: dict[str, Any]
+    short: dict[str, Any] = {"refreshes": study.short_refreshes}
+    whole: dict[str, Any] = {
+        "refreshes": 1,
+        "completions": study.refreshes * study.completions,
+        "reuse": study.refreshes * study.reuse,
+    }
     if "main" in study.arms:
         for target in study.targets:
             for method in METHODS:
@@ -221,7 +226,7 @@ def arms_of(study: BanditStudy) -> list[Arm]:
         for target in study.matched_targets:
             for method in ("offline best-of-n", "offline rwr", "offline dpo", "offline ipo"):
                 add("matched", method, target, "refreshed", refreshes=study.refreshes, reuse=study.reuse)
-            add("matched", "offline best-of-n", target, "one set", pairing="best_rest", **total)
+            add("matched", "offline best-of-n", target, "one set", pairing="best_rest", **whole)
     if "negative" in study.arms:
         for method in study.negative_methods:
             for value in study.negatives:
