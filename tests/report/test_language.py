@@ -94,3 +94,12 @@ def test_a_damaged_log_is_named(run):
 def test_distinct():
     assert language.distinct(["a b c", "a b"], 2) == pytest.approx(2 / 3)
     assert language.distinct(["a"], 2) is None
+
+
+def test_a_measure_that_the_last_evaluation_lacks_is_missing(run):
+    rows = language.sample_rows(run)
+    for row in rows:
+        if row["update_step"] == 10:
+            row["distinct_2"] = None
+    table = language.measure_table("Samples", "", rows, (("distinct_2", "bigrams"),), "prompt")
+    assert table.rows[0][2] == language.MISSING

@@ -133,11 +133,13 @@ def change(rows: Rows, key: str, group: str) -> Estimate | None:
 def measure_table(title: str, caption: str, rows: Rows, measures: Sequence[tuple[str, str]], group: str) -> Table:
     """Return measure | before | after | change."""
     cells: list[tuple[Cell, ...]] = []
+    steps = [row["update_step"] for row in rows]
     for key, words in measures:
         found = estimates(rows, key, group)
         if not found:
             continue
-        first, last = found[min(found)], found[max(found)]
+        # a measure that the last evaluation does not have (bigrams of empty answers) is missing, not an older one
+        first, last = found.get(min(steps), MISSING), found.get(max(steps), MISSING)
         difference = change(rows, key, group)
         cells.append((words, first, last, MISSING if difference is None else difference))
     return Table(title, caption, ("measure", "before", "after", "change (paired)"), tuple(cells))
