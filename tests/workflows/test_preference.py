@@ -19,7 +19,7 @@ from steelyard.envs.samplers import SamplingConfig
 from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.nets.lm import LanguageModelConfig, LoRAConfig
 from steelyard.nets.transformer import TransformerConfig
-from steelyard.objectives.preference import DPOConfig, PPOConfig, RLOOConfig
+from steelyard.objectives.preference import DPOConfig, KTOConfig, PPOConfig, RLOOConfig
 from steelyard.train.experience import ExperienceConfig
 from steelyard.train.loop import Interrupted, LoopConfig
 from steelyard.train.optim import OptimConfig
@@ -112,6 +112,18 @@ def test_dpo_raises_held_out_accuracy(data, tmp_path):
     parts = preference.Parts(config)
     assert held_out <= set(parts.held_out.texts(range(len(parts.held_out))))
     assert not set(parts.held_out.texts(range(8))) & set(parts.data.texts(range(len(parts.data))))
+
+
+@pytest.mark.parametrize("objective", [DPOConfig(learning_rate=3e-3), KTOConfig(learning_rate=3e-3)])
+def test_a_reference_cache_changes_nothing(objective, data, tmp_path):
+    config = small(data, objective=objective, experience=ExperienceConfig(minibatch_prompts=8), scorer=None, steps=6)
+    cached = replace(config, data=replace(config.data, reference_cache=str(tmp_path / "cache")))
+    plain = preference.start(config, tmp_path / "plain", quiet=True)
+    for name in ("first", "second"):  # written by the one, read by the other
+        run = preference.start(cached, tmp_path / name, quiet=True)
+        for mine, other in zip(rows(run, "metrics.jsonl"), rows(plain, "metrics.jsonl"), strict=True):
+            assert mine["loss/preference"] == pytest.approx(other["loss/preference"], rel=1e-4)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_no_steps_means_epochs(data, tmp_path):

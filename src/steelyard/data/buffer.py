@@ -39,8 +39,10 @@ def labelled(batch: ExperienceBatch) -> ExperienceBatch:
 def with_mismatched(batch: ExperienceBatch) -> ExperienceBatch:
     """Return the batch with one more row for each row: its prompt with a completion of the next prompt.
 
-    They estimate how far the policy has moved where nothing was preferred (KTO, eq. 8: the reference point z_0).
+    They estimate how far the policy has moved where nothing was preferred (KTO's reference point). Reference log-probs
+    are dropped: those of the new rows are others, and a batch has them for all rows or for none.
     """
+    batch = replace(batch, reference_token_logps=None)
     count = len(batch.prompts)
     if count < 2:
         raise DataError("completions of other prompts need at least 2 prompts that can be used, found 1")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from steelyard.data.experience import ExperienceBatch
+from steelyard.data.sampler import Indices
 from steelyard.errors import DataError
 
 
@@ -40,7 +40,7 @@ class ReferencedData:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.data, name)
 
-    def batch(self, indices: Sequence[int]) -> ExperienceBatch:
+    def batch(self, indices: Indices) -> ExperienceBatch:
         """Return rows as a batch, with their reference log-probs."""
         batch: ExperienceBatch = self.data.batch(indices)
         offsets = np.asarray(self.data.row_offsets)
@@ -86,7 +86,7 @@ def _write(path: Path, data: Any, model: Any, temperature: float, batch_size: in
     pieces, lengths = [], [torch.zeros(1, dtype=torch.int64)]
     device = next(model.parameters()).device
     for first in range(0, len(data), batch_size):
-        batch = data.batch(range(first, min(first + batch_size, len(data)))).to(device)
+        batch = data.batch(np.arange(first, min(first + batch_size, len(data)))).to(device)
         scored = batch.scored_mask > 0
         pieces.append(model.reference_token_logps(batch, temperature=temperature)[scored].float().cpu())
         lengths.append(scored.sum(1).cpu())

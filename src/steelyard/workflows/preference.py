@@ -32,19 +32,20 @@ from steelyard.artefact import find
 from steelyard.config import Config, from_json, plain, require_positive, require_range
 from steelyard.data.buffer import joined, trimmed
 from steelyard.data.experience import ExperienceBatch
-from steelyard.data.preferences import Kind, TextData, Truncation, read_text_data, split, tokenize
+from steelyard.data.preferences import Kind, TextData, TokenizedData, Truncation, read_text_data, split, tokenize
 from steelyard.data.tokenizer import ByteChat, Tokenizer
 from steelyard.envs.samplers import LanguageModelSampler, SamplingConfig
 from steelyard.envs.scorers import CompletionScorer, scorer_from_name, text_of
 from steelyard.errors import CheckpointError, ConfigError
 from steelyard.nets.lm import CausalLM, LanguageModelConfig, load_language_model
+from steelyard.nets.reference_cache import with_reference
 from steelyard.nets.tiny_lm import TinyLM
 from steelyard.nets.transformer import TransformerConfig
 from steelyard.objectives.preference import AnyPreferenceConfig, DPOConfig, build_preference_learner
 from steelyard.objectives.preference.base import PreferenceLearner
 from steelyard.rng import derive_seed, torch_generator
 from steelyard.train import checkpoint, distributed
-from steelyard.train.experience import ExperienceConfig, ExperienceSource, score
+from steelyard.train.experience import ExperienceConfig, ExperienceData, ExperienceSource, score
 from steelyard.train.loop import LoopConfig, Stage, fit, reduce, reduce_parts, update
 from steelyard.train.optim import OptimConfig, Optimizers
 from steelyard.train.rundir import RunDir
@@ -74,6 +75,9 @@ class TextDataConfig(Config):
     """Longest completion, EOS included; longer ones are cut, lose EOS, and are counted."""
     truncation: Truncation = "error"
     """What happens to longer prompts: an error, or keep their start or their end."""
+    reference_cache: str | None = None
+    """Folder where the reference's log-probs of the data's completions are kept, to be computed once for many epochs
+    and runs; None: computed whenever they are needed."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -253,14 +257,18 @@ class Parts:
                 raise ConfigError("sampling.temperature is 0: a policy gradient needs completions drawn at random")
             self.learner.temperature = config.sampling.temperature
         limits = (config.data.max_prompt_tokens, config.data.max_completion_tokens, config.data.truncation)
-        self.data = tokenize(train, self.tokenizer, *limits)
+        self.data: TokenizedData = tokenize(train, self.tokenizer, *limits)
         self.held_out = None if held_out is None else tokenize(held_out, self.tokenizer, *limits)
         self.data_hash = self.data.content_hash
+        cache = config.data.reference_cache
+        served: ExperienceData = self.data
+        if cache is not None and needs.reference and config.experience.source != "policy":
+            served = with_reference(self.data, self.learner.model, cache, temperature=self.learner.temperature)
         self.notes = [*train.notes, *self.data.report.sentences(), *getattr(self.learner.model, "notes", ())]
         self.sampler = LanguageModelSampler(self.learner.model, config.sampling, self.tokenizer.eos, self.tokenizer.pad)
         self.source = ExperienceSource(
             self.learner,
-            self.data,
+            served,
             self.sampler,
             self.scorer,
             None,
