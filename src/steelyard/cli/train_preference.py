@@ -84,8 +84,6 @@ def default_run(kind: str) -> preference.PreferenceRun:
 
 def main(argv: list[str]) -> int:
     """Run `steelyard train preference`."""
-    if argv and argv[0] in ("-h", "--help") and len(argv) == 1:
-        print(USAGE)
     typed = typed_scorers(argv)
     out, rest = arguments.take_option(argv, "--out", None)
     rows, rest = arguments.take_option(rest, "--dry-run", None)
