@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -28,6 +30,13 @@ class NonFiniteError(SteelyardError):
 
 class MissingExtraError(SteelyardError):
     """An optional dependency that is not installed."""
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """Return what helps after a name that is not known: "did you mean 'cql'?", or "there are: awac, bc, ..."."""
+    names = list(known)
+    found = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {found[0]!r}?" if found else f"there are: {', '.join(names)}"
 
 
 def require(module: str, extra: str) -> ModuleType:

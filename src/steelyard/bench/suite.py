@@ -15,11 +15,10 @@ written by the next start, and a line that a kill cut off is dropped and written
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from steelyard.config import Config, config_hash, flatten, from_json, plain, rea
 from steelyard.envs.behaviours import PointMazeDataConfig, point_maze_store, summarize_point_maze
 from steelyard.envs.reference import reference_range
 from steelyard.envs.tasks import task_named
-from steelyard.errors import ConfigError, DataError
+from steelyard.errors import ConfigError, DataError, near
 from steelyard.objectives import OBJECTIVES
 from steelyard.report.html import write_report
 from steelyard.report.numbers import QUANTITIES, RecipeSummary, evaluation_plan, run_values, summarize
@@ -155,12 +154,12 @@ def jobs_of(
     for what, words, known in (("case", cases or (), named), ("task", tasks or (), suite.tasks)):
         for word in words:
             if word not in known:
-                raise ConfigError(f"{where}: {what} {hint(word, known)}")
+                raise ConfigError(f"{where}: {what} {word!r} is unknown; {near(word, known)}")
     chosen = suite.cases if cases is None else [named[name] for name in cases]
     for case in suite.cases:
         for task in case.tasks or ():
             if task not in suite.tasks:
-                raise ConfigError(f"{where}: case {case.name!r}: unknown task {task!r}; {hint(task, suite.tasks)}")
+                raise ConfigError(f"{where}: case {case.name!r}: unknown task {task!r}; {near(task, suite.tasks)}")
     return [
         Job(
             _config(suite, task, case, seed, out, where),
@@ -177,7 +176,9 @@ def jobs_of(
 def _defaults(case: SuiteCase, where: str) -> Overrides:
     kind = str(case.objective.get("kind"))
     if kind not in OBJECTIVES:
-        raise ConfigError(f"{where}: case {case.name!r}: key 'objective.kind': {hint(kind, OBJECTIVES)}")
+        raise ConfigError(
+            f"{where}: case {case.name!r}: key 'objective.kind': {kind!r} is unknown; {near(kind, OBJECTIVES)}"
+        )
     return plain(OBJECTIVES[kind]())
 
 
@@ -209,13 +210,6 @@ def _config(suite: Suite, name: str, case: SuiteCase, seed: int, out: Path, wher
             "(evaluation.score_range)"
         )
     return config
-
-
-def hint(word: str, known: Iterable[str]) -> str:
-    """Say that a word is unknown, and the nearest known one or all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"{word!r} is unknown; " + (f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}")
 
 
 # ------------------------------------------------------------------------------------------------ running

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from steelyard.bench.suite import Overrides, Suite, SuiteCase, Task, hint, merged
+from steelyard.bench.suite import Overrides, Suite, SuiteCase, Task, merged
 from steelyard.config import plain, read_config
 from steelyard.envs.behaviours import Kind, PointMazeDataConfig, point_maze_env
-from steelyard.errors import ConfigError
+from steelyard.errors import ConfigError, near
 from steelyard.objectives import OBJECTIVES, CQLConfig
 from steelyard.recipes.cal_ql import PRESETS
 from steelyard.workflows.control import ControlRun
@@ -124,7 +124,9 @@ def find_suite(name: str, size: str | None) -> tuple[Suite, str]:
             raise ConfigError(f"--size is for the built-in suites; {name} is a file")
         return read_config(Suite, name), name
     if name not in SUITES:
-        raise ConfigError(f"suite {hint(name, SUITES)} (a suite of your own is a file: my_suite.json)")
+        raise ConfigError(
+            f"suite {name!r} is unknown; {near(name, SUITES)} (a suite of your own is a file: my_suite.json)"
+        )
     if (size or "tiny") not in SIZES:
         raise ConfigError(f"--size must be one of {', '.join(SIZES)}, found {size!r}")
     return SUITES[name](size or "tiny"), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -44,13 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         print(steelyard.__version__)
         return 0
     name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(COMMANDS)}"
-        print(f"steelyard: unknown command {name!r}{hint}", file=sys.stderr)
-        return 2
-    from steelyard.errors import SteelyardError
+    from steelyard.errors import SteelyardError, near
 
+    if name not in COMMANDS:
+        print(f"steelyard: unknown command {name!r}; {near(name, COMMANDS)}", file=sys.stderr)
+        return 2
     try:
         status: int = importlib.import_module(f"steelyard.cli.{name}").main(rest)
     except SteelyardError as error:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import shlex
 import sys
 from typing import Any
 
 from steelyard.cli.arguments import environment, parse, take_option
-from steelyard.errors import ConfigError
+from steelyard.errors import ConfigError, near
 from steelyard.recipes import RECIPES
 from steelyard.train.loop import Interrupted
 
@@ -24,9 +23,7 @@ def main(argv: list[str]) -> int:
         return 0
     name, rest = argv[0], argv[1:]
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(RECIPES)}"
-        raise ConfigError(f"unknown recipe {name!r}; {hint}")
+        raise ConfigError(f"unknown recipe {name!r}; {near(name, RECIPES)}")
     recipe = importlib.import_module(f"steelyard.recipes.{name}")
     size, rest = take_option(rest, "--size", "tiny")
     if size not in recipe.PRESETS:

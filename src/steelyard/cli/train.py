@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 
 from steelyard.cli import arguments, train_preference
 from steelyard.config import config_hash, read_config
-from steelyard.errors import ConfigError
+from steelyard.errors import ConfigError, near
 from steelyard.objectives import OBJECTIVES
 from steelyard.train.distributed import is_main
 from steelyard.workflows import control, language, preference, reward_model
@@ -62,13 +61,8 @@ def main(argv: list[str]) -> int:
         folder = out or f"runs/sft-{config_hash(text_run)[:8]}"
         return finish(*arguments.carry_out(lambda: language.start(text_run, folder)))
     if kind not in OBJECTIVES:
-        near = difflib.get_close_matches(kind, [*OBJECTIVES, "sft", "preference", "reward_model"], n=1)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else f"there are: {', '.join(OBJECTIVES)}, sft, preference, reward_model"
-        )
-        raise ConfigError(f"unknown objective {kind!r}; {hint}")
+        known = [*OBJECTIVES, "sft", "preference", "reward_model"]
+        raise ConfigError(f"unknown objective {kind!r}; {near(kind, known)}")
     config = read_config(control.ControlRun, file) if file else control.default_run(kind)
     if config.objective.kind != kind:
         raise ConfigError(f"{file}: its objective is {config.objective.kind!r}, but {kind!r} was asked for")

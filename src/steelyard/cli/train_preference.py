@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from steelyard.cli import arguments
 from steelyard.config import config_hash, read_config, with_fields
-from steelyard.errors import ConfigError
+from steelyard.errors import ConfigError, near
 from steelyard.nets.lm import LanguageModelConfig, LoRAConfig
 from steelyard.objectives.preference import PREFERENCE_OBJECTIVES
 from steelyard.train.distributed import is_main
@@ -72,9 +71,7 @@ Train a Bradley-Terry reward model on preferences; use it with --scorer reward_m
 def default_run(kind: str) -> preference.PreferenceRun:
     """Return the run that an objective has by default: on-policy where it makes no sense otherwise."""
     if kind not in PREFERENCE_OBJECTIVES:
-        near = difflib.get_close_matches(kind, PREFERENCE_OBJECTIVES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(PREFERENCE_OBJECTIVES)}"
-        raise ConfigError(f"unknown preference objective {kind!r}; {hint}")
+        raise ConfigError(f"unknown preference objective {kind!r}; {near(kind, PREFERENCE_OBJECTIVES)}")
     objective = PREFERENCE_OBJECTIVES[kind]()
     config = preference.PreferenceRun(objective=objective)
     if objective.needs.on_policy or objective.needs.sampler:

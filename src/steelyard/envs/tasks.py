@@ -10,7 +10,6 @@ file that the user brings.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from steelyard.data.returns import RewardConfig
 from steelyard.data.store import Store
 from steelyard.envs import adroit, ant_maze, behaviours, ogbench
 from steelyard.envs.config import EnvConfig
-from steelyard.errors import ConfigError, DataError
+from steelyard.errors import ConfigError, DataError, near
 
 MakeData = Callable[[Path, int, int | None, Path | None], Store]
 """(where to write, seed, steps or None for the task's own, the user's file) -> the store."""
@@ -86,9 +85,7 @@ def task_named(name: str) -> Task:
         ConfigError: there is none of that name; the nearest is named.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(TASKS)}"
-        raise ConfigError(f"unknown task {name!r}; {hint}")
+        raise ConfigError(f"unknown task {name!r}; {near(name, TASKS)}")
     return TASKS[name]
 
 
