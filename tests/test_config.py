@@ -15,8 +15,12 @@ from steelyard.bench.suite import SuiteCase, Task
 from steelyard.config import Config, config_hash, diff, flatten, from_json, plain, read_config, to_json
 from steelyard.data.episode import ArraySpec, Spec
 from steelyard.envs.gym import EnvConfig
+from steelyard.envs.samplers import SamplingConfig
 from steelyard.errors import ConfigError
+from steelyard.nets.transformer import TransformerConfig
 from steelyard.objectives import OBJECTIVES, CQLConfig, IQLConfig
+from steelyard.objectives.preference import DPOConfig
+from steelyard.objectives.reward_model import RewardModelConfig
 from steelyard.recipes import RECIPES
 from steelyard.report.tables import Claim, ClaimRow
 from steelyard.workflows.control import ControlRun
@@ -45,6 +49,9 @@ REQUIRED = {
     "ArraySpec": {"shape": (2,)},
     "Spec": {"observations": {"b": BOX, "a": BOX}, "actions": BOX},
     "ControlArtefact": {"objective": IQLConfig(), "spec": Spec({"observation": BOX}, BOX), "env": ENV},
+    "BanditCase": {"objective": DPOConfig()},
+    "PreferenceArtefact": {"objective": DPOConfig(), "model": TransformerConfig(), "sampling": SamplingConfig()},
+    "RewardModelArtefact": {"objective": RewardModelConfig(), "model": TransformerConfig(), "max_tokens": 64},
 }
 CLASSES = [cls for cls in _classes() if cls.__module__.startswith("steelyard.")]
 
