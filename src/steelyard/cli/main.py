@@ -11,6 +11,8 @@ COMMANDS = {
     "bench": "run a suite of cases and seeds: rows, table with intervals, report (steelyard bench offline_to_online)",
     "train": "pre-train (and fine-tune) on your data and environment; steelyard train preference for language models",
     "finetune": "continue a trained policy online",
+    "adapt": "adapt a trained head set to a few labels (steelyard adapt hyre)",
+    "serve": "answer HTTP requests with what was trained (steelyard serve reward)",
     "eval": "evaluate a policy, a reward model, or one text policy against another, with intervals",
     "export": "write a policy as ONNX with a spec and a model card",
     "data": "inspect, check, convert or generate prior data; make preference pairs",

@@ -1,0 +1,1 @@
+"""HTTP services over what was trained (the extra `serve`)."""
