@@ -18,13 +18,14 @@ label is 1 where the first is preferred (a number between 0 and 1 says how sure 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, Self
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from steelyard.errors import DataError
+from steelyard.errors import ConfigError, DataError
 
 Floats = npt.NDArray[np.float64]
 Task = Literal["preference", "regression", "classification"]
@@ -182,6 +183,113 @@ class Method(Protocol):
     def begin(self, num_members: int) -> Posterior:
         """Return the posterior after no example."""
         ...
+
+
+class Fit(Protocol):
+    """A method that looks at all examples at once; `SupportPosterior` makes a posterior of it."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        ...
+
+    def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:
+        """Return the function after these examples (None: none yet), and numbers about the fit."""
+        ...
+
+
+@dataclass(frozen=True)
+class SupportPosterior:
+    """What is believed by a method without a short summary of its evidence: the examples themselves.
+
+    They are fitted together when the function is asked for, so one update with all of them and one for each are the
+    same up to the order of sums.
+
+    Attributes:
+        method: that fits.
+        num_members: H.
+        support: the examples seen; None before the first.
+    """
+
+    method: Fit
+    num_members: int
+    support: Support | None = None
+
+    @property
+    def n(self) -> float:
+        """Labelled examples seen."""
+        return 0.0 if self.support is None else float(self.support.counts.sum())
+
+    def update(self, support: Support) -> SupportPosterior:
+        """Return what is believed after these examples too."""
+        if support.members.shape[1] != self.num_members:
+            raise DataError(f"expected {self.num_members} members, found {support.members.shape[1]}")
+        if not len(support):
+            return self
+        return replace(self, support=support if self.support is None else self.support.joined(support))
+
+    @cached_property
+    def _fitted(self) -> tuple[Combination, dict[str, float]]:
+        return self.method.fit(self.support, self.num_members)
+
+    def combination(self) -> Combination:
+        """Return the function that predicts."""
+        return self._fitted[0]
+
+    def diagnostics(self) -> dict[str, float]:
+        """Return what `describe` says of the coefficients, and what the method adds."""
+        combination, numbers = self._fitted
+        return describe(combination.coefficients) | numbers
+
+    def forget(self, gamma: float) -> SupportPosterior:
+        """Return it with all examples so far counted gamma times."""
+        check_gamma(gamma)
+        return self if self.support is None else replace(self, support=self.support.scaled(gamma))
+
+    def merge(self, other: SupportPosterior) -> SupportPosterior:
+        """Return what is believed after the examples of both."""
+        if self.num_members != other.num_members or not same_settings(self.method, other.method):
+            raise DataError("posteriors over different members or of different settings cannot be merged")
+        return self if other.support is None else self.update(other.support)
+
+
+def describe(coefficients: Floats) -> dict[str, float]:
+    """Return `ess`, the effective number of members, `entropy` in nats, the `best` member and its `best_weight`.
+
+    For weights that sum to 1 these are 1 / sum w^2 and -sum w log w; coefficients below 0 count with their size.
+    """
+    size = np.abs(coefficients)
+    total = size.sum()
+    best = int(coefficients.argmax())
+    if total == 0:
+        return {"ess": 0.0, "entropy": 0.0, "best": float(best), "best_weight": 0.0}
+    shares = size / total
+    positive = shares[shares > 0]
+    return {
+        "ess": float(1 / (shares @ shares)),
+        "entropy": -float(positive @ np.log(positive)),
+        "best": float(best),
+        "best_weight": float(coefficients[best]),
+    }
+
+
+def check_gamma(gamma: float) -> None:
+    """Raise unless 0 <= gamma <= 1."""
+    if not 0 <= gamma <= 1:
+        raise ConfigError(f"gamma must be between 0 and 1, found {gamma}")
+
+
+def same_settings(first: Any, second: Any) -> bool:
+    """Whether two methods are the same, arrays among their settings included."""
+    if first is second:
+        return True
+    if type(first) is not type(second):
+        return False
+    if is_dataclass(first):
+        return all(same_settings(getattr(first, f.name), getattr(second, f.name)) for f in fields(first))
+    if isinstance(first, tuple):
+        return len(first) == len(second) and all(map(same_settings, first, second))
+    return bool(np.array_equal(first, second))
 
 
 @dataclass(frozen=True)

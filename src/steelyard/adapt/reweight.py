@@ -21,14 +21,15 @@ standardised members; the paper has \eta = 1.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from steelyard.adapt.base import Adapted, Combination, Floats, Method, Support
-from steelyard.adapt.losses import BradleyTerry, MemberLoss
+from steelyard.adapt.base import Adapted, Combination, Floats, Method, Support, check_gamma, describe, same_settings
+from steelyard.adapt.losses import BradleyTerry, MemberLoss, softmax
 from steelyard.errors import ConfigError, DataError
 
 
@@ -50,8 +51,8 @@ class HyRe:
     name: str = "HyRe"
 
     def __post_init__(self) -> None:
-        if not self.eta >= 0:
-            raise ConfigError(f"eta must be at least 0, found {self.eta}")
+        if not 0 <= self.eta < math.inf:
+            raise ConfigError(f"eta must be finite and at least 0, found {self.eta}")
         if not 0 <= self.mix <= 1:
             raise ConfigError(f"mix must be between 0 and 1, found {self.mix}")
 
@@ -84,18 +85,22 @@ class HyRePosterior:
         """Return the posterior after these examples too."""
         if support.members.shape[1] != len(self.evidence):
             raise DataError(f"expected {len(self.evidence)} members, found {support.members.shape[1]}")
-        losses = self.method.loss(support.members, support.labels)
-        return self.update_losses(losses if support.weights is None else losses * support.weights[:, None], support)
+        return self.update_losses(self.method.loss(support.members, support.labels), support.weights)
 
-    def update_losses(self, losses: Floats, support: Support | None = None) -> HyRePosterior:
-        """Return the posterior after losses [N, H] of any kind."""
-        count = float(len(losses)) if support is None else float(support.counts.sum())
-        return replace(self, evidence=self.evidence + losses.sum(0), n=self.n + count)
+    def update_losses(self, losses: Floats, counts: Floats | None = None) -> HyRePosterior:
+        """Return the posterior after losses [N, H] of any kind, of examples that count `counts` [N]."""
+        if counts is None:
+            evidence, n = losses.sum(0), float(len(losses))
+        else:
+            evidence, n = counts @ losses, float(counts.sum())
+        return HyRePosterior(self.method, self.log_prior, self.evidence + evidence, self.n + n)
 
     @property
     def log_weights(self) -> Floats:
         """Logarithms of w [H], before mixing."""
-        return log_weights(self.evidence, self.method.eta, self.log_prior)
+        logits = scores(self.evidence, self.method.eta, self.log_prior)
+        result: Floats = logits - np.logaddexp.reduce(logits)
+        return result
 
     def weights(self, mix: float | None = None, top: int | None = None) -> Floats:
         """Return w [H], which sum to 1.
@@ -105,7 +110,9 @@ class HyRePosterior:
             top: keep the so many largest and spread the rest evenly over the others, as short profiles do.
         """
         share = self.method.mix if mix is None else mix
-        weights = (1 - share) * np.exp(self.log_weights) + share * np.exp(self.log_prior)
+        weights = softmax(scores(self.evidence, self.method.eta, self.log_prior))
+        if share:
+            weights = (1 - share) * weights + share * np.exp(self.log_prior)
         if top is not None and top < len(weights):
             others = np.argsort(-weights, kind="stable")[top:]
             weights[others] = weights[others].mean()
@@ -122,34 +129,24 @@ class HyRePosterior:
 
     def diagnostics(self) -> dict[str, float]:
         """Return the effective number of members, the entropy of the weights in nats, and the best member."""
-        weights = self.weights()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            entropy = -float(np.nansum(weights * np.log(weights)))
-        return {
-            "ess": self.ess,
-            "entropy": entropy,
-            "best": float(weights.argmax()),
-            "best_weight": float(weights.max()),
-        }
+        return describe(self.weights())
 
     def forget(self, gamma: float) -> HyRePosterior:
         """Return it with all evidence so far counted gamma times."""
-        if not 0 <= gamma <= 1:
-            raise ConfigError(f"gamma must be between 0 and 1, found {gamma}")
+        check_gamma(gamma)
         return replace(self, evidence=gamma * self.evidence, n=gamma * self.n)
 
     def merge(self, other: HyRePosterior) -> HyRePosterior:
         """Return the posterior after the examples of both: losses add."""
-        if self.evidence.shape != other.evidence.shape or not np.array_equal(self.log_prior, other.log_prior):
-            raise DataError("posteriors over different members or from different priors cannot be merged")
+        same = np.array_equal(self.log_prior, other.log_prior) and same_settings(self.method, other.method)
+        if not same:
+            raise DataError("posteriors over different members or of different settings cannot be merged")
         return replace(self, evidence=self.evidence + other.evidence, n=self.n + other.n)
 
 
-def log_weights(evidence: Floats, eta: float, log_prior: Floats) -> Floats:
-    """Return log w [..., H] of evidence [..., H]: log-space, so losses of 1e4 are fine."""
-    scores = log_prior - eta * (evidence - evidence.min(-1, keepdims=True))
-    scores = scores - scores.max(-1, keepdims=True)
-    result: Floats = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+def scores(evidence: Floats, eta: float, log_prior: Floats) -> Floats:
+    """Return log w [..., H] up to a constant; the least evidence is taken off first, so losses of 1e4 are fine."""
+    result: Floats = log_prior - eta * (evidence - evidence.min(-1, keepdims=True))
     return result
 
 
@@ -166,7 +163,7 @@ def reweight_users(
     """
     evidence = losses.sum(1) if mask is None else np.einsum("unh,un->uh", losses, np.asarray(mask, np.float64))
     prior = np.zeros(losses.shape[2]) if log_prior is None else log_prior
-    return np.exp(log_weights(evidence, eta, prior))
+    return softmax(scores(evidence, eta, prior))
 
 
 def adapt(method: Method, support: Support) -> Adapted:

@@ -53,7 +53,7 @@ def with_mismatched(batch: ExperienceBatch) -> ExperienceBatch:
         rows.append(others[torch.arange(len(of[prompt])) % len(others)])
         owners.append(torch.full((len(of[prompt]),), prompt))
     taken, prompt_of = torch.cat(rows), torch.cat(owners)
-    twins = {name: getattr(batch, name)[taken] for name in row_fields(batch)}
+    twins = {name: getattr(batch, name)[taken] for name in batch.row_fields()}
     unknown = torch.full((len(taken),), math.nan)
     twins |= {name: unknown for name in ("rewards", "labels") if name in twins}
     if "sampler_token_logps" in twins:  # they were drawn for another prompt
@@ -80,7 +80,7 @@ def joined(parts: Sequence[ExperienceBatch]) -> ExperienceBatch:
         if part.prompts.shape[1] < length:
             for name in ("prompts", "prompt_mask"):
                 tensors[name] = functional.pad(tensors[name], (length - part.prompts.shape[1], 0))
-        for name in row_fields(part):
+        for name in part.row_fields():
             if tensors[name].ndim == 2:
                 tensors[name] = functional.pad(tensors[name], (0, width - part.completions.shape[1]))
         tensors["prompt_of"] = part.prompt_of + prompts
@@ -106,29 +106,13 @@ def joined(parts: Sequence[ExperienceBatch]) -> ExperienceBatch:
 def trimmed(batch: ExperienceBatch) -> ExperienceBatch:
     """Return the batch without columns that are padding in every row."""
     width = max(1, int(batch.lengths.max())) if len(batch) else 1
-    changes = {name: getattr(batch, name)[:, :width] for name in row_fields(batch) if getattr(batch, name).ndim == 2}
+    changes = {name: getattr(batch, name)[:, :width] for name in batch.row_fields() if getattr(batch, name).ndim == 2}
     if not batch.prompts.is_floating_point():
         length = max(1, int(batch.prompt_mask.sum(1).max()))
         changes |= {name: getattr(batch, name)[:, -length:] for name in ("prompts", "prompt_mask")}
     return replace(batch, **changes)
 
 
-def row_fields(batch: ExperienceBatch) -> list[str]:
-    """Return the names of fields with one row per completion, but `prompt_of`."""
-    others = ("prompts", "prompt_mask", "prompt_of", "pairs", "pair_weights", "margins", "counts")
-    return [name for name in batch.tensors() if name not in others]
-
-
 def of_rows(batch: ExperienceBatch, kept: Tensor) -> ExperienceBatch:
     """Return the batch with the completions where `kept` (bool [N]) is set, and the pairs of such completions."""
-    if bool(kept.all()):
-        return batch
-    changes: dict[str, Tensor] = {name: getattr(batch, name)[kept] for name in (*row_fields(batch), "prompt_of")}
-    if batch.pairs is not None:
-        number = torch.cumsum(kept, 0) - 1
-        whole = kept[batch.pairs].all(1)
-        changes["pairs"] = number[batch.pairs[whole]]
-        for name in ("pair_weights", "margins"):
-            if getattr(batch, name) is not None:
-                changes[name] = getattr(batch, name)[whole]
-    return replace(batch, **changes)
+    return batch if bool(kept.all()) else batch.take_rows(torch.nonzero(kept).flatten())

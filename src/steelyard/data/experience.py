@@ -36,6 +36,8 @@ class ExperienceBatch(Batch):
         pairs: int64 [K, 2], rows (chosen, rejected) of preferred and less preferred completions.
         pair_weights: float32 [K].
         margins: float32 [K], how much better the chosen one is (in rewards); NaN where unknown.
+        groups: int64 [K], whose preference a pair is, 0..G-1.
+        numbers: int64 [K], the pairs' row numbers in the data.
         sampler_token_logps: float32 [N, T], log-probabilities under the distribution that drew them; None for text of
             people.
         reference_token_logps: float32 [N, T] under the reference policy.
@@ -59,6 +61,8 @@ class ExperienceBatch(Batch):
     pairs: Tensor | None = None
     pair_weights: Tensor | None = None
     margins: Tensor | None = None
+    groups: Tensor | None = None
+    numbers: Tensor | None = None
     sampler_token_logps: Tensor | None = None
     reference_token_logps: Tensor | None = None
     values: Tensor | None = None
@@ -118,20 +122,29 @@ class ExperienceBatch(Batch):
         number = new_number[self.prompt_of]
         rows = torch.nonzero(number >= 0).flatten()
         rows = rows[torch.argsort(number[rows], stable=True)]
-        changes: dict[str, Tensor | None] = {"prompts": self.prompts[prompts], "prompt_mask": self.prompt_mask[prompts]}
-        for name in _ROWS:
-            value = getattr(self, name)
-            changes[name] = None if value is None else value[rows]
-        changes["prompt_of"] = number[rows]
+        return replace(
+            self.take_rows(rows),
+            prompts=self.prompts[prompts],
+            prompt_mask=self.prompt_mask[prompts],
+            prompt_of=number[rows],
+        )
+
+    def row_fields(self) -> list[str]:
+        """Return the names of the fields that are there with one row per completion, but `prompt_of`."""
+        return [name for name in _ROWS if getattr(self, name) is not None]
+
+    def take_rows(self, rows: Tensor) -> Self:
+        """Return the completions `rows` (int64 [N'], none twice), in that order, and the pairs that are whole."""
+        changes: dict[str, Tensor] = {name: getattr(self, name)[rows] for name in (*self.row_fields(), "prompt_of")}
         if self.pairs is not None:
             new_row = torch.full((len(self),), -1, device=rows.device)
             new_row[rows] = torch.arange(len(rows), device=rows.device)
             kept = torch.nonzero((new_row[self.pairs] >= 0).all(1)).flatten()
             changes["pairs"] = new_row[self.pairs[kept]]
-            for name in ("pair_weights", "margins"):
-                value = getattr(self, name)
-                changes[name] = None if value is None else value[kept]
-        return replace(self, **changes)  # type: ignore[arg-type]
+            for name in _PAIRS:
+                if getattr(self, name) is not None:
+                    changes[name] = getattr(self, name)[kept]
+        return replace(self, **changes)
 
 
 _ROWS = (
@@ -147,6 +160,7 @@ _ROWS = (
     "born",
     "mismatched",
 )
+_PAIRS = ("pair_weights", "margins", "groups", "numbers")
 
 
 @dataclass(frozen=True)

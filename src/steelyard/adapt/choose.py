@@ -1,0 +1,276 @@
+"""Choosing: the plain mean, the best head, a method by leave-one-out, settings on held-out tasks.
+
+Settings are never chosen on the target. A `Task` here is a held-out one: all labelled examples of one user or
+distribution. `draw` splits them into a few labels to adapt to and examples to score, which never overlap.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from steelyard.adapt.base import Combination, Floats, Method, Support, SupportPosterior, Task, accuracy
+from steelyard.adapt.losses import BradleyTerry, Likelihood, MemberLoss, log_score
+from steelyard.adapt.reweight import HyRe
+from steelyard.errors import ConfigError, DataError
+from steelyard.rng import numpy_generator
+
+Ints = npt.NDArray[np.int64]
+ETA_GRID = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+TIE = 1e-9
+"""Losses this close, relative to 1 + the lowest, are a tie."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The plain mean of all members, whatever the labels."""
+
+    name: str = "uniform"
+
+    def begin(self, num_members: int) -> SupportPosterior:
+        """Return the mean."""
+        return SupportPosterior(self, num_members)
+
+    def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:
+        """Return the mean."""
+        return Combination(np.full(num_members, 1 / num_members)), {}
+
+
+@dataclass(frozen=True)
+class Single:
+    """One member, whatever the labels: the single model.
+
+    Attributes:
+        member: which; 0 is the pooled head where there is one.
+    """
+
+    member: int = 0
+    name: str = "single"
+
+    def begin(self, num_members: int) -> SupportPosterior:
+        """Return the member."""
+        return SupportPosterior(self, num_members)
+
+    def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:
+        """Return the member."""
+        return Combination(np.eye(num_members)[self.member]), {}
+
+
+@dataclass(frozen=True)
+class BestHead:
+    """The member of the lowest summed loss; of members that tie, the mean, so no label at all is the plain mean.
+
+    Attributes:
+        loss: of members.
+    """
+
+    loss: MemberLoss = field(default_factory=BradleyTerry)
+    name: str = "best head"
+
+    def begin(self, num_members: int) -> SupportPosterior:
+        """Return the mean of all members, which tie."""
+        return SupportPosterior(self, num_members)
+
+    def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:
+        """Return the mean of the members that are best."""
+        total = (
+            np.zeros(num_members) if support is None else support.counts @ self.loss(support.members, support.labels)
+        )
+        best = total <= total.min() + TIE * (1 + abs(total.min()))
+        return Combination(best / best.sum()), {"tied": float(best.sum())}
+
+
+@dataclass(frozen=True)
+class Auto:
+    """The candidate with the best leave-one-out log score on the examples themselves.
+
+    Leaving one of two examples out says next to nothing, so with fewer than `least` examples it is the first candidate;
+    so it is in a tie.
+
+    Attributes:
+        candidates: in order of trust.
+        task: likelihood of the score.
+        least: examples from which on candidates are compared.
+        noise: variance of a regression's targets, for the score.
+    """
+
+    candidates: tuple[Method, ...]
+    task: Task = "preference"
+    least: int = 3
+    noise: float = 1.0
+    name: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.candidates:
+            raise ConfigError("candidates must hold at least one method, found none")
+
+    def begin(self, num_members: int) -> SupportPosterior:
+        """Return the first candidate's prior."""
+        return SupportPosterior(self, num_members)
+
+    def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:
+        """Return the combination of the chosen candidate; `chosen` is its number."""
+        if support is None:
+            return self.candidates[0].begin(num_members).combination(), {"chosen": 0.0}
+        chosen = 0
+        if len(support) >= self.least and len(self.candidates) > 1:
+            scores = np.array([leave_one_out(method, support, self.task, self.noise) for method in self.candidates])
+            chosen = int(np.flatnonzero(scores >= scores.max() - TIE * (1 + abs(scores.max())))[0])
+        posterior = self.candidates[chosen].begin(num_members).update(support)
+        return posterior.combination(), {"chosen": float(chosen)}
+
+
+def leave_one_out(method: Method, support: Support, task: Task, noise: float = 1.0) -> float:
+    """Return the mean log score of every example under the method adapted to the others."""
+    begun, rows = method.begin(support.members.shape[1]), np.arange(len(support))
+    outputs = np.empty((len(support), support.members.shape[2]))
+    for row in rows:
+        left, one = support.take(rows[rows != row]), support.take([row])
+        outputs[row] = begun.update(left).combination().apply(one.members, one.features)[0]
+    return -float(support.counts @ Likelihood(task, noise).value(outputs, support.labels) / support.counts.sum())
+
+
+@dataclass(frozen=True)
+class HeldOutTask:
+    """All labelled examples of one user or distribution.
+
+    Attributes:
+        examples: labels and what the members say.
+        pool: rows that may be drawn as labels to adapt to; all others are scored, whatever is drawn. None: any row may
+            be drawn, and those that were not are scored.
+        sources: [N] or [N, S], what an example was made from (the numbers of its texts): examples that share one with
+            the pool, or without a pool with a drawn label, are not scored.
+        name: seeds the draws.
+    """
+
+    examples: Support
+    pool: Ints | None = None
+    sources: Ints | None = None
+    name: str = ""
+
+
+def draw(task: HeldOutTask, n: int, generator: np.random.Generator) -> tuple[Ints, Ints]:
+    """Return (rows to adapt to [n], rows to score): disjoint, and sharing no source.
+
+    With the same generator the rows for a smaller n are the first of those for a larger one.
+    """
+    size = len(task.examples)
+    pool = np.arange(size) if task.pool is None else np.unique(np.asarray(task.pool, np.int64))
+    if n < 0 or n > len(pool):
+        raise DataError(f"task {task.name!r}: expected {n} examples to draw, found {len(pool)}")
+    support = generator.permutation(pool)[:n]
+    closed = support if task.pool is None else pool
+    scored = np.ones(size, bool)
+    scored[closed] = False
+    if task.sources is not None:
+        sources = np.asarray(task.sources).reshape(size, -1)
+        scored &= ~np.isin(sources, sources[closed]).any(1)
+    test = np.flatnonzero(scored)
+    if not len(test):
+        raise DataError(f"task {task.name!r}: after drawing {n} of {size} examples none is left to score")
+    return support, test
+
+
+Score = Literal["log", "accuracy"]
+
+
+def scores(
+    method: Method, target: HeldOutTask, n: int, task: Task, score: Score = "accuracy", draws: int = 5, seed: int = 0
+) -> Floats:
+    """Return the method's score on a task after n labels, for every draw: [draws].
+
+    Draws are a function of (seed, name of the task, number of the draw): the same for all methods, settings and n.
+    """
+    results = []
+    for number in range(draws):
+        support, test = draw(target, n, numpy_generator(seed, f"adapt/draw/{target.name}", number))
+        posterior = method.begin(target.examples.members.shape[1])
+        combination = posterior.update(target.examples.take(support)).combination()
+        kept = target.examples.take(test)
+        outputs = combination.apply(kept.members, kept.features)
+        measure = accuracy if score == "accuracy" else log_score
+        results.append(measure(outputs, kept.labels, task))
+    return np.array(results)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Settings chosen on held-out tasks.
+
+    Attributes:
+        settings: the chosen ones.
+        method: with them.
+        table: every combination of settings with its mean score, in the order of the grid.
+        edges: settings that lie at an edge of their grid (0 is no edge: nothing lies below it).
+    """
+
+    settings: Mapping[str, Any]
+    method: Method
+    table: tuple[tuple[Mapping[str, Any], float], ...]
+    edges: tuple[str, ...]
+
+    def sentence(self) -> str:
+        """Return what was chosen, and a warning where the grid was too narrow."""
+        chosen = ", ".join(f"{name} {value:g}" for name, value in self.settings.items())
+        text = f"{self.method.name}: {chosen} of {len(self.table)} settings"
+        return text + (f"; {' and '.join(self.edges)} at the edge of the grid" if self.edges else "")
+
+
+def fit_settings(
+    family: Callable[..., Method],
+    grid: Mapping[str, Sequence[float]],
+    tasks: Sequence[HeldOutTask],
+    task: Task = "preference",
+    n: int | Sequence[int] = 5,
+    score: Score = "log",
+    draws: int = 5,
+    seed: int = 0,
+) -> Chosen:
+    """Return the settings with the best mean score after n labels over held-out tasks; the first of equals.
+
+    Args:
+        family: settings by name -> method, such as `GaussianHeads` itself.
+        grid: ordered values of every setting.
+        tasks: never the target.
+        task: what the members are for.
+        n: labels to adapt to; the mean over several.
+        score: mean log-likelihood, or accuracy.
+        draws: of labels, for every task.
+        seed: of the draws.
+    """
+    if not tasks or not grid or not all(len(values) for values in grid.values()):
+        raise ConfigError("settings are chosen among at least one value each, on at least one held-out task")
+    numbers = (n,) if isinstance(n, int) else tuple(n)
+    table: list[tuple[Mapping[str, Any], float]] = []
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        method = family(**settings)
+        each = [scores(method, one, k, task, score, draws, seed).mean() for one in tasks for k in numbers]
+        table.append((settings, float(np.mean(each))))
+    best = table[int(np.argmax([value for _, value in table]))][0]
+    edges = tuple(
+        name
+        for name, values in grid.items()
+        if len(values) > 1 and best[name] != 0 and best[name] in (values[0], values[-1])
+    )
+    return Chosen(best, family(**best), tuple(table), edges)
+
+
+def fit_eta(
+    tasks: Sequence[HeldOutTask],
+    hyre: HyRe | None = None,
+    grid: Sequence[float] = ETA_GRID,
+    task: Task = "preference",
+    n: int | Sequence[int] = 5,
+    score: Score = "log",
+    draws: int = 5,
+    seed: int = 0,
+) -> Chosen:
+    """Return HyRe with the eta of the best mean score after n labels over held-out tasks."""
+    base = HyRe() if hyre is None else hyre
+    return fit_settings(lambda eta: replace(base, eta=eta), {"eta": grid}, tasks, task, n, score, draws, seed)
