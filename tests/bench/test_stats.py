@@ -265,3 +265,40 @@ def test_coverage_of_wilson(rate):
     inside = [stats.wilson_interval(int(k), episodes) for k in counts]
     covered = sum(p for p, e in zip(chance, inside, strict=True) if e.low <= rate <= e.high)
     assert covered == pytest.approx(0.95, abs=0.03)
+
+
+# -- clusters ---------------------------------------------------------------------------------------------------------
+
+
+def test_clusters_of_one_value_give_the_interval_of_the_mean():
+    sample = np.random.default_rng(0).normal(size=40)
+    ours = stats.cluster_estimate(sample, list(range(40)), generator("clusters"), 20000)
+    plain = stats.mean_estimate(sample, generator("clusters"), 20000)
+    assert ours.value == pytest.approx(plain.value) == pytest.approx(sample.mean())
+    assert ours.low == pytest.approx(plain.low, abs=0.02)
+    assert ours.high == pytest.approx(plain.high, abs=0.02)
+    assert ours.n == 40
+
+
+def test_repeating_a_value_within_its_cluster_adds_no_certainty():
+    sample = np.random.default_rng(1).normal(size=20)
+    names = [f"user {i}" for i in range(20)]
+    once = stats.cluster_estimate(sample, names, generator("repeat"))
+    often = stats.cluster_estimate(np.repeat(sample, 9), list(np.repeat(names, 9)), generator("repeat"))
+    assert (often.value, often.low, often.high, often.n) == pytest.approx((once.value, once.low, once.high, 20))
+    naive = stats.mean_estimate(np.repeat(sample, 9), generator("repeat"))
+    assert naive.high - naive.low < 0.5 * (often.high - often.low)
+
+
+def test_large_clusters_weigh_more_and_order_does_not_matter():
+    values, names = np.array([1.0, 0.0, 0.0, 0.0]), ["a", "b", "b", "b"]
+    first = stats.cluster_estimate(values, names, generator("order"))
+    assert (first.value, first.low, first.high, first.n) == (0.25, 0.0, 1.0, 2)
+
+
+def test_one_cluster_has_no_interval_and_mismatches_are_refused():
+    assert stats.cluster_estimate(np.ones(3), ["a"] * 3, generator()).low is None
+    with pytest.raises(ValueError, match="as many clusters as values"):
+        stats.cluster_estimate(np.ones(3), ["a"] * 2, generator())
+    with pytest.raises(ValueError, match="at least one"):
+        stats.cluster_estimate(np.ones(0), [], generator())

@@ -120,7 +120,8 @@ def test_features_are_of_the_pair_and_cached(folder: Path, tmp_path: Path) -> No
         return np.array([[len(prompt), len(completion)] for prompt, completion in texts], np.float32)
 
     features = pair_features(tasks, tmp_path / "cache", "k", compute, quiet=True)
-    assert features["auto-j communication"].tolist() == [[0, -1], [0, 1]]
+    chosen, rejected = features["auto-j communication"]
+    assert (chosen - rejected).tolist() == [[0, -1], [0, 1]]
     assert sum(calls) == sum(map(len, texts_of(tasks).values()))
     again = pair_features(tasks, tmp_path / "cache", "k", lambda texts: pytest.fail("not cached"), quiet=True)
     assert all(np.array_equal(features[name], again[name]) for name in features)

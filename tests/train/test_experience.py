@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from steelyard.data import experience
 from steelyard.data.buffer import joined, labelled, of_rows, trimmed, with_mismatched
-from steelyard.data.experience import FOREIGN
+from steelyard.data.experience import FOREIGN, ExperienceBatch
 from steelyard.data.preferences import TextData, TextRow, tokenize
 from steelyard.envs.samplers import SamplingConfig
 from steelyard.errors import ConfigError, DataError
@@ -383,3 +385,12 @@ def test_there_is_nothing_random_in_the_source_but_its_seed():
     assert same(a, source("rloo", scorer=Rewards(), source="policy").batch(0))
     assert torch.equal(state, torch.get_rng_state())
     assert torch_generator(0, "x").initial_seed() != 0
+
+
+def test_every_field_of_a_batch_is_of_prompts_rows_or_pairs():
+    """A new field must be listed, or choosing rows would leave it as it was."""
+    others = ("prompts", "prompt_mask", "prompt_of", "pairs", "counts")
+    names = {field.name for field in dataclasses.fields(ExperienceBatch)}
+    listed = (*others, *experience._ROWS, *experience._PAIRS)
+    assert names == set(listed)
+    assert len(listed) == len(set(listed))

@@ -64,10 +64,10 @@ class FeaturesConfig(Config):
 class TableBackboneConfig(Config):
     """A small network over the rows of a table, trained with the heads."""
 
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of its hidden layers, GELU after each; the last are the features."""
     kind: Literal["table"] = "table"
     """Name of the backbone."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Widths of its hidden layers, ReLU after each; the last are the features."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -80,10 +80,10 @@ class TableBackboneConfig(Config):
 class WordsConfig(Config):
     """Hashed words of the completion, with its length: no model and nothing to install."""
 
-    kind: Literal["words"] = "words"
-    """Name of the backbone."""
     width: int = 512
     """Numbers that the words are hashed to, one of which is the length."""
+    kind: Literal["words"] = "words"
+    """Name of the backbone."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -97,10 +97,10 @@ class AgentConfig(Config):
 
     run: str
     """Run directory, checkpoint or pretrained/ directory of a control run."""
-    kind: Literal["agent"] = "agent"
-    """Name of the backbone."""
     part: Literal["critic", "actor"] = "critic"
     """Critics read observations and actions (one after the other), actors and discrete critics observations."""
+    kind: Literal["agent"] = "agent"
+    """Name of the backbone."""
 
 
 BackboneConfig = FeaturesConfig | TableBackboneConfig | WordsConfig | AgentConfig | EncoderConfig | LanguageModelConfig

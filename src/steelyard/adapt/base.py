@@ -70,6 +70,8 @@ class Support:
             value = getattr(self, name)
             if value is not None and not np.isfinite(value).all():
                 raise DataError(f"labelled examples: {name} holds a number that is not finite")
+        if self.weights is not None and (self.weights < 0).any():
+            raise DataError("labelled examples: weights holds a number below 0")
 
     def __len__(self) -> int:
         return len(self.labels)

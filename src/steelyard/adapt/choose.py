@@ -7,9 +7,10 @@ distribution. `draw` splits them into a few labels to adapt to and examples to s
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from steelyard.adapt.base import Combination, Floats, Method, Support, SupportPosterior, Task, accuracy
 from steelyard.adapt.losses import BradleyTerry, Likelihood, MemberLoss, log_score
 from steelyard.adapt.reweight import HyRe
-from steelyard.errors import ConfigError, DataError
+from steelyard.errors import ConfigError, DataError, NonFiniteError
 from steelyard.rng import numpy_generator
 
 Ints = npt.NDArray[np.int64]
@@ -199,26 +200,39 @@ def scores(
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Settings chosen on held-out tasks.
+class Found:
+    """The best settings of a grid.
 
     Attributes:
-        settings: the chosen ones.
-        method: with them.
-        table: every combination of settings with its mean score, in the order of the grid.
+        settings: by name.
+        table: every combination with its score, in the order of the grid.
         edges: settings that lie at an edge of their grid (0 is no edge: nothing lies below it).
     """
 
-    settings: Mapping[str, Any]
-    method: Method
-    table: tuple[tuple[Mapping[str, Any], float], ...]
+    settings: Mapping[str, float]
+    table: tuple[tuple[Mapping[str, float], float], ...]
     edges: tuple[str, ...]
 
     def sentence(self) -> str:
         """Return what was chosen, and a warning where the grid was too narrow."""
         chosen = ", ".join(f"{name} {value:g}" for name, value in self.settings.items())
-        text = f"{self.method.name}: {chosen} of {len(self.table)} settings"
+        text = f"{chosen}, the best of {len(self.table)}"
         return text + (f"; {' and '.join(self.edges)} at the edge of the grid" if self.edges else "")
+
+
+@dataclass(frozen=True)
+class Chosen(Found):
+    """Settings chosen on held-out tasks.
+
+    Attributes:
+        method: with them.
+    """
+
+    method: Method
+
+    def sentence(self) -> str:
+        """Return what was chosen for which method."""
+        return f"{self.method.name}: {super().sentence()}"
 
 
 def fit_settings(
@@ -243,22 +257,41 @@ def fit_settings(
         draws: of labels, for every task.
         seed: of the draws.
     """
-    if not tasks or not grid or not all(len(values) for values in grid.values()):
-        raise ConfigError("settings are chosen among at least one value each, on at least one held-out task")
+    if not tasks:
+        raise ConfigError("settings are chosen on held-out tasks, found none")
     numbers = (n,) if isinstance(n, int) else tuple(n)
-    table: list[tuple[Mapping[str, Any], float]] = []
+
+    def mean_score(**settings: float) -> float:
+        method = family(**settings)
+        return float(np.mean([scores(method, one, k, task, score, draws, seed) for one in tasks for k in numbers]))
+
+    found = search(grid, mean_score)
+    return Chosen(found.settings, found.table, found.edges, family(**found.settings))
+
+
+def search(grid: Mapping[str, Sequence[float]], score: Callable[..., float]) -> Found:
+    """Return the settings of the highest score among all combinations of a grid; the first of equals.
+
+    Settings under which a method breaks (`NonFiniteError`) score minus infinity.
+    """
+    if not grid or not all(len(values) for values in grid.values()):
+        raise ConfigError("settings are chosen from a grid of at least one value each, found an empty one")
+    table: list[tuple[Mapping[str, float], float]] = []
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
-        method = family(**settings)
-        each = [scores(method, one, k, task, score, draws, seed).mean() for one in tasks for k in numbers]
-        table.append((settings, float(np.mean(each))))
-    best = table[int(np.argmax([value for _, value in table]))][0]
+        try:
+            table.append((settings, score(**settings)))
+        except NonFiniteError:
+            table.append((settings, -math.inf))
+    best, value = max(table, key=lambda row: row[1])
+    if not math.isfinite(value):
+        raise NonFiniteError(f"no combination of {', '.join(grid)} has a finite score")
     edges = tuple(
         name
         for name, values in grid.items()
-        if len(values) > 1 and best[name] != 0 and best[name] in (values[0], values[-1])
+        if len(values) > 1 and best[name] != 0 and best[name] in (min(values), max(values))
     )
-    return Chosen(best, family(**best), tuple(table), edges)
+    return Found(best, tuple(table), edges)
 
 
 def fit_eta(

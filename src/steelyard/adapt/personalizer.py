@@ -20,7 +20,7 @@ import numpy.typing as npt
 from steelyard.adapt.base import Floats, Method, Posterior, Support
 from steelyard.adapt.head_set import HeadSet
 from steelyard.adapt.losses import default_loss
-from steelyard.adapt.profile import MAX_SEEN, Profile, hyre_of, hyre_posterior, seen_hash
+from steelyard.adapt.profile import MAX_SEEN, Identity, Profile, hyre_of, hyre_posterior, seen_hash
 from steelyard.adapt.profile_values import settings_of
 from steelyard.adapt.reweight import HyRe, HyRePosterior
 from steelyard.errors import ConfigError, DataError
@@ -44,7 +44,7 @@ class Personalizer:
             raise ConfigError(f"max_users must be at least 1, found {max_users}")
         self.heads, self.max_users = heads, max_users
         self.method = HyRe(default_loss(heads.task)) if method is None else method
-        self._head_id, self._linear = heads.head_id, heads.linear()
+        self._identity, self._linear, self._settings = Identity.of(heads), heads.linear(), settings_of(self.method)
         self._functions: OrderedDict[str, _Function] = OrderedDict()
         self._lock = threading.Lock()
         self._nothing = self.new()
@@ -90,13 +90,15 @@ class Personalizer:
             functions = [self._function(self._nothing)]
         if self._linear is not None:
             biases = np.stack([np.asarray(bias) for _, bias in functions])
-            return np.asarray(_products(features, [vector for vector, _ in functions], rows) + biases[rows])
+            outputs: Floats = _products(features, [vector for vector, _ in functions], rows) + biases[rows]
+            return _finite(outputs)
         members = self.heads.members(features)
         outputs = np.einsum("nhc,nh->nc", members, np.stack([coefficients for coefficients, _ in functions])[rows])
         if any(vector is not None for _, vector in functions):
             none = np.zeros((members.shape[2], features.shape[1]))
-            outputs += _products(features, [none if vector is None else vector for _, vector in functions], rows)
-        return np.asarray(outputs)
+            vectors = [none if vector is None else _of_shape(vector, none.shape) for _, vector in functions]
+            outputs += _products(features, vectors, rows)
+        return _finite(outputs)
 
     def feedback(
         self, profile: Profile, key: str, first: npt.ArrayLike, second: npt.ArrayLike | None, label: float
@@ -114,7 +116,7 @@ class Personalizer:
             DataError: a profile of another head set, a label or features that do not fit the task, or a profile that
                 holds only the adapted function.
         """
-        profile.require(self.heads)
+        profile.require(self._identity)
         short = seen_hash(key)
         if short in profile.seen:
             return profile
@@ -142,6 +144,8 @@ class Personalizer:
             if second is not None:
                 members = members - self.heads.members(second)
         classes = members.shape[2]
+        if not np.isfinite(members).all():
+            raise DataError("features hold a number that is not finite")
         if task == "classification" and not np.isin(values, np.arange(classes)).all():
             raise DataError(f"labels must be class numbers from 0 to {classes - 1}, found {values.tolist()[:5]}")
         return Support(members, values, features)
@@ -152,15 +156,14 @@ class Personalizer:
         Raises:
             DataError: another head set, another method, or a short profile of a method that needs its examples.
         """
-        profile.require(self.heads)
-        own = profile.settings == settings_of(self.method)
+        profile.require(self._identity)
+        own = profile.settings == self._settings
         if profile.evidence is not None:
             method = self.method if own and isinstance(self.method, HyRe) else hyre_of(profile.settings)
             return hyre_posterior(profile, method)
         if not own:
             raise DataError(
-                f"the profile was made with {_listed(profile.settings)} and cannot go on with "
-                f"{_listed(settings_of(self.method))}"
+                f"the profile was made with {_listed(profile.settings)} and cannot go on with {_listed(self._settings)}"
             )
         begun = self.method.begin(self.heads.num_members)
         if profile.examples is None:
@@ -183,20 +186,15 @@ class Personalizer:
             posterior: over this head set's members.
             seen: short hashes of the comparisons counted so far (`seen_hash`).
         """
-        heads = self.heads
-        counts = {"n": float(posterior.n), "ess": posterior.diagnostics()["ess"]}
-        common: dict[str, Any] = counts | {"seen": tuple(seen)}
+        about: dict[str, Any] = {"n": float(posterior.n), "ess": posterior.diagnostics()["ess"], "seen": tuple(seen)}
+        about |= {"head_id": self._identity.head_id, "task": self.heads.task, "members": self._identity.num_members}
         if isinstance(posterior, HyRePosterior):
-            settings = settings_of(posterior.method)
-            return Profile(
-                self._head_id, heads.task, heads.num_members, settings, evidence=posterior.evidence, **common
-            )
+            own = posterior.method is self.method
+            settings = self._settings if own else settings_of(posterior.method)
+            return Profile(settings=settings, evidence=posterior.evidence, **about)
         support: Support | None = getattr(posterior, "support", None)
         examples = None if support is None or not len(support) else self._examples(support)
-        return Profile(
-            self._head_id, heads.task, heads.num_members, settings_of(self.method), function=posterior.combination(),
-            examples=examples, **common,
-        )  # fmt: skip
+        return Profile(settings=self._settings, function=posterior.combination(), examples=examples, **about)
 
     def _examples(self, support: Support) -> dict[str, Floats]:
         """Return what to keep of examples; what linear members say is left out, as the features tell it again."""
@@ -214,8 +212,13 @@ class Personalizer:
         if self._linear is None:
             return None
         weight, bias = self._linear
-        outputs: Floats = np.einsum("nd,hcd->nhc", features, weight)
+        outputs: Floats = (features @ weight.reshape(-1, weight.shape[2]).T).reshape(-1, *bias.shape)
         return outputs if self.heads.task == "preference" else outputs + bias
+
+    def drop(self, profile: Profile) -> None:
+        """Forget the adapted function of a profile that is deleted or replaced."""
+        with self._lock:
+            self._functions.pop(profile.hash, None)
 
     def _function(self, profile: Profile) -> _Function:
         with self._lock:
@@ -223,9 +226,11 @@ class Personalizer:
             if found is not None:
                 self._functions.move_to_end(profile.hash)
                 return found
-        profile.require(self.heads)
+        profile.require(self._identity)
         function = self.posterior(profile).combination() if profile.function is None else profile.function
         if self._linear is not None:
+            if function.vector is not None:
+                _of_shape(function.vector, self._linear[0].shape[1:])
             found = function.collapse(*self._linear)
         else:
             found = function.coefficients, function.vector
@@ -240,8 +245,6 @@ class Personalizer:
         if values.ndim != dimensions or values.shape[-1] != self.heads.num_features:
             rows = "N, " if dimensions == 2 else ""
             raise DataError(f"expected features [{rows}{self.heads.num_features}], found the shape {values.shape}")
-        if not np.isfinite(values).all():
-            raise DataError("features hold a number that is not finite")
         return values
 
 
@@ -250,6 +253,20 @@ def _products(features: Floats, vectors: Sequence[Floats], rows: npt.NDArray[np.
     if len(vectors) == 1:
         return np.asarray(features @ vectors[0].T)
     return np.asarray(np.einsum("nd,ncd->nc", features, np.stack(vectors)[rows]))
+
+
+def _finite(outputs: Floats) -> Floats:
+    """Return outputs, which a feature that is not finite has made not finite either."""
+    if not np.isfinite(outputs).all():
+        raise DataError("features hold a number that is not finite")
+    return outputs
+
+
+def _of_shape(vector: Floats, shape: tuple[int, ...]) -> Floats:
+    """Return the vector of a profile, which anyone may have written, if it has the shape [C, D] of these heads."""
+    if vector.shape != shape:
+        raise DataError(f"a profile's function has the shape {vector.shape}, expected {shape}")
+    return vector
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

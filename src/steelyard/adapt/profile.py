@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,8 +47,23 @@ SEEN_LENGTH = 8
 LEAST_WEIGHT = 1e-9
 """Of a member in a short profile: from 0 it could never come back."""
 _LOSSES: dict[str, type[Any]] = {loss.name: loss for loss in (BradleyTerry, CrossEntropy, GaussianNLL, ZeroOne)}
+_BROKEN = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 _KEYS = {"v", "head_id", "task", "members", "method", "settings", "eta", "loss", "n", "ess", "seen", "hash"}
 _STATES = ("evidence", "w", "function", "examples")
+
+
+class Identity(NamedTuple):
+    """What a profile must agree on with a head set, computed once: a head id may be a hash of all weights."""
+
+    head_id: str
+    num_members: int
+    task: Task
+    num_features: int
+
+    @classmethod
+    def of(cls, heads: HeadSet) -> Identity:
+        """Return that of a head set."""
+        return cls(heads.head_id, heads.num_members, heads.task, heads.num_features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,21 +132,13 @@ class Profile:
         try:
             intact = said == content_hash(content)
             profile = _read(content) if intact else None
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-            OverflowError,
-            SteelyardError,
-        ) as error:
+        except (*_BROKEN, SteelyardError) as error:
             raise DataError(f"{where}: not a profile that this version reads: {words(error)}") from None
         if profile is None:
             raise DataError(f"{where}: its hash does not fit its content: it was damaged or changed by hand")
         return profile
 
-    def require(self, heads: HeadSet, where: str = "profile") -> None:
+    def require(self, heads: HeadSet | Identity, where: str = "profile") -> None:
         """Raise `DataError` unless the profile belongs to these heads."""
         if self.head_id != heads.head_id:
             raise DataError(

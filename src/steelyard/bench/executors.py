@@ -13,17 +13,18 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, TypeVar
 
-from steelyard.errors import ConfigError, require
+from steelyard.errors import ConfigError, SteelyardError, require
 from steelyard.train.loop import Interrupted
 
 ExecutorName = Literal["local", "ray"]
 T = TypeVar("T")
+POLL_SECONDS = 1.0
 STOP_SECONDS = 120.0  # for the checkpoints of interrupted Ray tasks
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_USAGE_STATS_ENABLED": "0"}
 """One thread a job, no spinning threads, and Ray sends no usage statistics."""
@@ -44,6 +45,46 @@ class Executor(Protocol):
     def stop(self) -> None:
         """Ask running jobs to end as after ctrl-C, and drop the others."""
         ...
+
+
+def work_off(
+    tasks: Iterable[T],
+    work: Callable[[T], str | None],
+    pool: Executor | None,
+    on_end: Callable[[T, str | None], None],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Carry out `work(task)` for every task: in a pool, which is closed at the end, or in this process, in order.
+
+    Args:
+        tasks: what to do.
+        work: a function of a module, for other processes must find it.
+        pool: where; None: here.
+        on_end: called in this process with each task that has ended and its result.
+        meanwhile: called in this process after every end and at least every `POLL_SECONDS` while others work.
+
+    Raises:
+        Interrupted: ctrl-C, after the running tasks were asked to stop.
+        SteelyardError: a worker process was lost.
+    """
+    try:
+        if pool is None:
+            for task in tasks:
+                on_end(task, work(task))
+                meanwhile()
+            return
+        with pool:
+            waiting: dict[Future[str | None], T] = {pool.submit(work, task): task for task in tasks}
+            while waiting:
+                for future in wait(waiting, POLL_SECONDS, FIRST_COMPLETED).done:
+                    on_end(waiting.pop(future), future.result())
+                meanwhile()
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted from None
+    except BrokenExecutor:
+        raise SteelyardError(
+            "a worker process died (killed, or out of memory); the same command goes on where it stopped"
+        ) from None
 
 
 class LocalExecutor:

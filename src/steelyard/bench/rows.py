@@ -6,9 +6,10 @@ checked; `group_runs` puts the seeds of one (recipe, case) together. Keys of a r
 
 from __future__ import annotations
 
+import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -376,3 +377,18 @@ def _read_metrics(path: Path, required: bool) -> dict[str, Series]:
             steps.setdefault(name, []).append(step)
             values.setdefault(name, []).append(math.nan if value is None else float(value))
     return {name: Series(np.array(steps[name], np.int64), np.array(values[name], np.float64)) for name in steps}
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], names: Sequence[str] | None = None) -> None:
+    """Write rows as CSV; a column that a row lacks is empty.
+
+    Args:
+        path: where to.
+        rows: one mapping a line.
+        names: of the columns; None: all that occur, in the order of their first occurrence.
+    """
+    rows = list(rows)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names or list(dict.fromkeys(name for row in rows for name in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from steelyard.bench.executors import ExecutorName, LocalExecutor, RayExecutor
+from steelyard.bench.executors import ExecutorName, LocalExecutor, RayExecutor, work_off
 from steelyard.config import read_config, to_json
 from steelyard.errors import ConfigError, SteelyardError
-from steelyard.train.loop import Interrupted
 from steelyard.train.progress import ProgressLine
 from steelyard.train.rundir import RunDir
 from steelyard.workflows import control
 from steelyard.workflows.common import Case
-
-POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,24 +72,18 @@ def run_jobs(
     total = sum(job.updates for job in jobs)
     pool: LocalExecutor | RayExecutor
     pool = LocalExecutor(workers) if executor == "local" else RayExecutor(workers, ray_address, todo[0].folder.parent)
-    try:
-        with ProgressLine(label, total, _updates_done(jobs)) as progress, pool:
-            waiting: dict[Future[str | None], Job] = {pool.submit(_work, job): job for job in todo}
-            while waiting:
-                done, _ = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
-                for future in done:
-                    job, failure = waiting.pop(future), future.result()
-                    if failure is not None:
-                        progress.console.print(f"failed: {failure}", markup=False)
-                    if on_end is not None:
-                        on_end(job)
-                progress.advance_to(_updates_done(jobs), f"{sum(job.ended for job in jobs)} of {len(jobs)} runs ended")
-    except (KeyboardInterrupt, Interrupted):
-        raise Interrupted from None
-    except BrokenExecutor:
-        raise SteelyardError(
-            "a worker process died (killed, or out of memory); the same command goes on where it stopped"
-        ) from None
+
+    def ended(job: Job, failure: str | None) -> None:
+        if failure is not None:
+            progress.console.print(f"failed: {failure}", markup=False)
+        if on_end is not None:
+            on_end(job)
+
+    def show() -> None:
+        progress.advance_to(_updates_done(jobs), f"{sum(job.ended for job in jobs)} of {len(jobs)} runs ended")
+
+    with ProgressLine(label, total, _updates_done(jobs)) as progress:
+        work_off(todo, _work, pool, ended, show)
     return [job.folder for job in jobs]
 
 

@@ -112,6 +112,42 @@ def mean_estimate(
     return stratified_estimate([runs], mean, generator, resamples, confidence)
 
 
+def cluster_estimate(
+    values: Floats,
+    clusters: Sequence[object],
+    generator: np.random.Generator,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """Return the mean of values that are not independent, with a bootstrap interval that resamples whole clusters.
+
+    For example differences of two methods on the same user in several splits: the user is the cluster, for another
+    split with the same user says little that is new.
+
+    Args:
+        values: [N].
+        clusters: [N], what each value belongs to.
+        generator: source of the resamples.
+        resamples: number of bootstrap samples.
+        confidence: probability mass between the two percentiles.
+
+    Returns:
+        The estimate, whose n is the number of clusters; without an interval if there is only one.
+    """
+    if len(values) != len(clusters) or not len(values):
+        raise ValueError(f"expected as many clusters as values and at least one, found {len(clusters)}, {len(values)}")
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    rows = np.array([numbers[cluster] for cluster in clusters])
+    count = len(numbers)
+    value = float(np.mean(values))
+    if count == 1:
+        return Estimate(value, None, None, 1)
+    sums, sizes = np.bincount(rows, values, count), np.bincount(rows, minlength=count)
+    weights = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+    low, high = _percentiles((weights @ sums) / (weights @ sizes), confidence)
+    return Estimate(value, float(low), float(high), count)
+
+
 def bootstrap_band(
     curves: Floats, generator: np.random.Generator, resamples: int = RESAMPLES, confidence: float = CONFIDENCE
 ) -> tuple[Floats, Floats]:

@@ -14,7 +14,6 @@ written by the next start, and a line that a kill cut off is dropped and written
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
@@ -30,7 +29,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from steelyard.bench.executors import ExecutorName
-from steelyard.bench.rows import Run, read_run
+from steelyard.bench.rows import Run, read_run, write_rows
 from steelyard.bench.runner import Job, run_jobs
 from steelyard.bench.stats import Estimate, number
 from steelyard.config import Config, config_hash, flatten, from_json, plain, read_config, to_json
@@ -375,10 +374,7 @@ class RowLog:
 
     def to_csv(self, path: Path) -> None:
         """Write the rows as a table."""
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, next(iter(self.rows.values()), {}).keys())
-            writer.writeheader()
-            writer.writerows(self.rows.values())
+        write_rows(path, self.rows.values())
 
 
 def row_of(suite: str, job: Job, run: Run) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from rich.console import Console
 
 from steelyard.bench.rows import find_runs, read_run
 from steelyard.errors import ConfigError, MissingExtraError, SteelyardError
+from steelyard.report import heads
 from steelyard.report.html import write_report
 from steelyard.report.numbers import summarize
 from steelyard.report.summary import terminal_table
+from steelyard.workflows.hyre import is_hyre_run
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ def report(arguments: ReportArguments) -> None:
     if arguments.out is None and len(arguments.runs) > 1:
         raise ConfigError("several directories given: say where the report goes with --out DIR")
     paths = [path for given in arguments.runs for path in find_runs(given)]
+    if len(paths) == 1 and is_hyre_run(paths[0]):
+        heads.show(paths[0], arguments.out)
+        return
     summary = summarize([read_run(path) for path in paths], arguments.reference)
     names = [f"{recipe.recipe} ({', '.join(case.label for case in recipe.cases)})" for recipe in summary.recipes]
     title = arguments.title if arguments.title is not None else "; ".join(names)

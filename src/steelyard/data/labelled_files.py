@@ -281,7 +281,7 @@ def _owner(columns: Mapping[str, Any], name: str, data: TextData, where: str) ->
 def _table(path: Path, config: LabelledDataConfig, task: Task) -> Examples:
     if task == "preference":
         raise ConfigError(f"{path}: a table is for regression or classification; preferences are pairs")
-    header, rows = _cells(path)
+    header, rows = table_rows(path)
     if config.target is None:
         raise ConfigError(f"{path}: say which column is learned with --target ({', '.join(header)})")
     for name in (config.target, *config.categorical, *config.ignore, *filter(None, [config.group_column])):
@@ -331,7 +331,7 @@ def _class_order(name: str) -> tuple[int, float, str]:
         return (1, 0.0, name)
 
 
-def _cells(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+def table_rows(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """Return the header, and (place, {column: stripped cell}) of every row."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -400,9 +400,10 @@ def _arrays(path: Path, task: Task) -> Examples:
     if raw.shape != (count,):
         raise DataError(f"{path}: targets: expected {count} of them, found shape {raw.shape}")
     classes: tuple[str, ...] = ()
+    targets: npt.NDArray[np.float64]
     if task == "classification":
-        kinds, targets = np.unique(raw, return_inverse=True)
-        classes, targets = tuple(str(kind) for kind in kinds.tolist()), targets.astype(np.float64)
+        kinds, numbers = np.unique(raw, return_inverse=True)
+        classes, targets = tuple(str(kind) for kind in kinds.tolist()), numbers.astype(np.float64)
         if len(classes) < 2:
             raise DataError(f"{path}: targets hold one class only ({classes[0]!r})")
     else:

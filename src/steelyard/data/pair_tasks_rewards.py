@@ -16,6 +16,7 @@ on anything of its family.
 from __future__ import annotations
 
 import csv
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from steelyard.data.feature_cache import Compute, cached_features
 from steelyard.data.pair_tasks import Floats, PairTask, PreferencePair, json_rows
 from steelyard.errors import DataError
 from steelyard.train.progress import ProgressLine
+
+Features = npt.NDArray[np.float32]
 
 FOLDERS = ("reward_subsets", "rm_bench", "judgebench", "autoj_scenarios", "pandalm_human", "hh_rlhf_harmless")
 
@@ -128,8 +131,8 @@ def texts_of(tasks: Iterable[RewardTask]) -> dict[str, list[tuple[str, str]]]:
 
 def pair_features(
     tasks: Sequence[RewardTask], cache: str | Path, key: str, compute: Compute, quiet: bool = False
-) -> dict[str, Floats]:
-    """Return features of chosen minus features of rejected, [N, D] for each name, from the cache where they are in it.
+) -> dict[str, tuple[Features, Features]]:
+    """Return features [P, D] of the chosen and of the rejected completions of each target, by its name.
 
     Args:
         tasks: all that `read_reward_tasks` returned: the texts of a source are cached together.
@@ -139,30 +142,24 @@ def pair_features(
         quiet: show no progress.
     """
     texts = texts_of(tasks)
-    features: dict[str, dict[tuple[str, str], npt.NDArray[np.float32]]] = {}
+    features: dict[str, dict[tuple[str, str], Features]] = {}
     done = 0
-    with ProgressLine("features of preference sets", sum(map(len, texts.values())), quiet=quiet) as line:
+    with ProgressLine("texts encoded", sum(map(len, texts.values())), quiet=quiet) as line:
         for source, rows in texts.items():
-            before = done
-            vectors = cached_features(
-                cache,
-                key,
-                rows,
-                compute,
-                lambda count, before=before: line.advance_to(before + count),  # type: ignore[misc]
-            )
-            features[source] = dict(zip(rows, vectors, strict=True))
+            told = functools.partial(_tell, line, done, source)
+            features[source] = dict(zip(rows, cached_features(cache, key, rows, compute, told), strict=True))
             done += len(rows)
     return {
-        task.name: np.array(
-            [
-                features[task.source][(pair.prompt, pair.chosen)].astype(np.float64)
-                - features[task.source][(pair.prompt, pair.rejected)]
-                for pair in task.pairs
-            ]
+        task.name: (
+            np.stack([features[task.source][pair.prompt, pair.chosen] for pair in task.pairs]),
+            np.stack([features[task.source][pair.prompt, pair.rejected] for pair in task.pairs]),
         )
         for task in tasks
     }
+
+
+def _tell(line: ProgressLine, before: int, source: str, done: int) -> None:
+    line.advance_to(before + done, source)
 
 
 def encode(data_dir: str | Path, encoder: str = "minilm") -> int:

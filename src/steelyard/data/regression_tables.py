@@ -56,12 +56,15 @@ class TableShift:
     test_targets: Floats
 
 
-def uci_shifts(folder: str | Path, gaps: int = 2, train_rows: int = 3000, test_rows: int = 1000) -> list[TableShift]:
+def uci_shifts(
+    folder: str | Path, gaps: int = 2, columns: int = 2, train_rows: int = 3000, test_rows: int = 1000
+) -> list[TableShift]:
     """Return the shifts of every NAME.npz (X, y, and gap_test_mask where there is one) of a folder.
 
     Args:
         folder: of the files.
         gaps: how many gap splits of a table: those of the columns that the target depends on most.
+        columns: how many columns have their top and bottom held out.
         train_rows: at most so many training rows, drawn at random.
         test_rows: at most so many test rows.
 
@@ -81,7 +84,7 @@ def uci_shifts(folder: str | Path, gaps: int = 2, train_rows: int = 3000, test_r
         shifts = [(f"gap {column}", masks[column]) for column in important(inputs, targets)[:gaps] if len(masks)]
         found += [
             table_shift(name, file.stem, inputs, targets, mask, train_rows, test_rows)
-            for name, mask in [*shifts, *tails(inputs, targets)]
+            for name, mask in [*shifts, *tails(inputs, targets, columns)]
         ]
     return found
 

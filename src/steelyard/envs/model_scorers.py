@@ -215,3 +215,52 @@ def load_implicit(path: str | Path) -> ModelScorer:
     if isinstance(artefact.model, TransformerConfig):
         limit = min(limit, artefact.model.context)
     return implicit_scorer(f"implicit:{path}", model, tokenizer_of(model), beta, limit)
+
+
+class HeadScorer:
+    """Scores texts with a head set, adapted to one profile.
+
+    Args:
+        name: what messages and reports call it.
+        heads: `adapt.artefact.LoadedHeads`.
+        profile: `adapt.profile.Profile`; None: what the heads' way of adapting says before any label.
+    """
+
+    def __init__(self, name: str, heads: Any, profile: Any = None) -> None:
+        from steelyard.adapt.personalizer import Personalizer
+
+        self.name, self.heads, self.profile = name, heads, profile
+        self._personalizer = Personalizer(heads, heads.method())
+
+    def score(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Tensor:
+        """Return float32 [N]."""
+        scores = self._personalizer.score(self.heads.features(prompts, completions), self.profile)
+        return torch.from_numpy(scores).float()
+
+
+def load_head_scorer(rest: str) -> HeadScorer:
+    """Return a head set as a scorer of texts (`hyre:DIR`, or `hyre:DIR#profile.json` for one user).
+
+    Raises:
+        ConfigError: the head set is for another task, or does not read texts.
+        DataError: the profile belongs to another head set.
+    """
+    from steelyard.adapt.artefact import load_heads
+    from steelyard.adapt.backbones import reads_text
+    from steelyard.adapt.profile import read_profile
+
+    folder, _, file = rest.partition("#")
+    heads = load_heads(folder)
+    if heads.task != "preference" or not reads_text(heads.artefact.backbone):
+        raise ConfigError(f"hyre:{rest}: expected a head set of preferences that reads texts, found a {heads.task}")
+    profile = None
+    if file:
+        profile = read_profile(file)
+        profile.require(heads, file)
+    return HeadScorer(f"hyre:{rest}", heads, profile)

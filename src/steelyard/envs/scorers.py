@@ -11,6 +11,7 @@ score the reward. `scorer_from_name` reads what a command line says:
 | `contains:WORD` | 1 where the text contains WORD, else 0 |
 | `regex:PATTERN` | 1 where the pattern is found, else 0 |
 | `reward_model:DIR` | r(x, y) of a Bradley-Terry reward model trained here |
+| `hyre:DIR`, `hyre:DIR#profile.json` | a head set's reward, adapted to the profile (without one: its method's prior) |
 | `implicit:DIR` | beta (log pi(y|x) - log pi_ref(y|x)) of a preference run |
 | `python:FILE.py:FUNCTION` | what the user's function returns, called as TRL calls reward functions |
 | `1.0*contains:yes + -0.01*length:max` | weighted sum; every term after the first begins with its weight |
@@ -44,7 +45,7 @@ Unit = Literal["tokens", "words", "characters"]
 
 REGEX_SECONDS = 10.0
 """Longest time a pattern may take over one call's completions."""
-NAMES = "length:, contains:, regex:, reward_model:, implicit:, python:"
+NAMES = "length:, contains:, regex:, reward_model:, hyre:, implicit:, python:"
 
 
 class CompletionScorer(Protocol):
@@ -378,6 +379,12 @@ def _reward_model(rest: str) -> CompletionScorer:
     return load_reward_model(rest)
 
 
+def _hyre(rest: str) -> CompletionScorer:
+    from steelyard.envs.model_scorers import load_head_scorer
+
+    return load_head_scorer(rest)
+
+
 def _implicit(rest: str) -> CompletionScorer:
     from steelyard.envs.model_scorers import load_implicit
 
@@ -415,6 +422,7 @@ _BUILDERS: dict[str, Callable[[str], CompletionScorer]] = {
     "contains": ContainsScorer,
     "regex": RegexScorer,
     "reward_model": _reward_model,
+    "hyre": _hyre,
     "implicit": _implicit,
     "python": _python,
 }
@@ -423,6 +431,7 @@ _EXAMPLES = {
     "contains": "contains:yes",
     "regex": "regex:[0-9]+",
     "reward_model": "reward_model:runs/reward",
+    "hyre": "hyre:runs/taste#ann.json",
     "implicit": "implicit:runs/dpo",
     "python": "python:rewards.py:polite",
 }

@@ -85,4 +85,6 @@ def trainable_of(backbone: nn.Module) -> tuple[nn.Parameter, ...]:
     if reads_completions(backbone) and not isinstance(backbone, Transformer):
         groups: dict[str, tuple[nn.Parameter, ...]] = backbone.trainable()  # type: ignore[operator]
         return groups.get("policy", ())
-    return tuple(parameter for parameter in backbone.parameters() if parameter.requires_grad)
+    # an encoder's pooler comes after the states that are read here: it gets no gradient
+    named = backbone.named_parameters()
+    return tuple(value for name, value in named if value.requires_grad and "pooler" not in name.split("."))

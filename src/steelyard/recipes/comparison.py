@@ -8,7 +8,6 @@ for each run of the table (`rows.csv`). A comparison that was stopped goes on wh
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from steelyard.bench.executors import ExecutorName
-from steelyard.bench.rows import Run, read_run
+from steelyard.bench.rows import Run, read_run, write_rows
 from steelyard.bench.runner import Job, run_jobs
 from steelyard.config import config_hash, to_json, with_fields
 from steelyard.envs.behaviours import PointMazeDataConfig, point_maze_env, point_maze_store, summarize_point_maze
@@ -256,14 +255,6 @@ def rows_of(runs: Sequence[Run], method: str, setting: str) -> list[dict[str, An
             }
         )
     return rows
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _merit(runs: Sequence[Run]) -> tuple[float, float]:

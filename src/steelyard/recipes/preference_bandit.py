@@ -8,12 +8,10 @@ the tuning seeds, all arms from the same list, and is reported on seeds that the
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import math
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +19,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from steelyard.bench.executors import LocalExecutor
+from steelyard.bench.executors import LocalExecutor, work_off
+from steelyard.bench.rows import write_rows
 from steelyard.bench.stats import Floats
 from steelyard.config import Config, config_hash, require_positive
 from steelyard.data.pairing import PairingRule
 from steelyard.envs.bandit import TARGETS
-from steelyard.errors import ConfigError, SteelyardError
+from steelyard.errors import ConfigError
 from steelyard.objectives.preference import PREFERENCE_OBJECTIVES, AnyPreferenceConfig
 from steelyard.recipes.preference_bandit_runs import BanditCase, run_bandit
-from steelyard.train.loop import Interrupted
 from steelyard.train.progress import ProgressLine
 
 Target = Literal["aligned", "misaligned"]
@@ -377,31 +375,17 @@ def run_all(wanted: Sequence[tuple[BanditCase, int]], file: Path, workers: int, 
     if not missing:
         return records
 
-    def keep(task: tuple[BanditCase, list[int]], lines: str) -> None:
+    def keep(task: tuple[BanditCase, list[int]], lines: str | None) -> None:
         nonlocal done
+        assert lines is not None
         with file.open("a", encoding="utf-8") as stream:
             stream.write(lines)
         records.update(_parsed(lines))
         done += task[0].steps * len(task[1])
         progress.advance_to(done, f"{len(records)} runs on disk")
 
-    try:
-        with ProgressLine(label, total) as progress:
-            if workers == 0:
-                for task in missing.items():
-                    keep(task, work(task))
-                return records
-            with LocalExecutor(workers) as pool:
-                waiting = {pool.submit(work, task): task for task in missing.items()}
-                while waiting:
-                    for future in wait(waiting, 1.0, FIRST_COMPLETED).done:
-                        keep(waiting.pop(future), future.result() or "")
-    except (KeyboardInterrupt, Interrupted):
-        raise Interrupted from None
-    except BrokenExecutor:
-        raise SteelyardError(
-            "a worker process died (killed, or out of memory); the same command goes on where it stopped"
-        ) from None
+    with ProgressLine(label, total) as progress:
+        work_off(missing.items(), work, LocalExecutor(workers) if workers else None, keep)
     return records
 
 
@@ -448,10 +432,11 @@ def write_csv(results: Results, study: BanditStudy, out: Path) -> None:
         "mass_rest", "mass_unseen", "negative_mass", "queries", "step", "skipped", "status",
     )  # fmt: skip
 
-    def row(result: ArmResult, rate: float, chosen: str, seed: int, run: Columns) -> list[Any]:
+    def row(result: ArmResult, rate: float, chosen: str, seed: int, run: Columns) -> dict[str, Any]:
         arm = result.arm
-        ends = [run[name][-1] if name in run else None for name in values]
-        return [arm.group, arm.target, arm.method, arm.variant, rate, chosen, seed, *ends, areas([run])[0]]
+        which = (arm.group, arm.target, arm.method, arm.variant, rate, chosen, seed)
+        ends = {name: run[name][-1] for name in values if name in run}
+        return dict(zip(names, which, strict=True)) | ends | {"area": areas([run])[0]}
 
     tuning = [
         row(result, rate, "final" if rate == result.rate else "", seed, run)
@@ -470,8 +455,7 @@ def write_csv(results: Results, study: BanditStudy, out: Path) -> None:
         for seed, run in zip(study.seeds, runs, strict=True)
     ]
     for name, rows in (("bandit_tuning.csv", tuning), ("bandit_rows.csv", reported)):
-        with (out / name).open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([[*names, *values, "area"], *rows])
+        write_rows(out / name, rows, [*names, *values, "area"])
 
 
 PRESETS = {

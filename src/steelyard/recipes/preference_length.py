@@ -20,19 +20,18 @@ A run that fails keeps the values of its last evaluation and stays in every aver
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-from steelyard.bench.executors import LocalExecutor
+from steelyard.bench.executors import LocalExecutor, work_off
+from steelyard.bench.rows import write_rows
 from steelyard.config import to_json
-from steelyard.errors import ConfigError, SteelyardError
+from steelyard.errors import ConfigError
 from steelyard.recipes.preference_length_page import sections
 from steelyard.recipes.preference_length_runs import (
     LENGTH_METHODS,
@@ -43,7 +42,6 @@ from steelyard.recipes.preference_length_runs import (
     train,
 )
 from steelyard.report.page import Section
-from steelyard.train.loop import Interrupted
 from steelyard.train.progress import ProgressLine
 
 PRESETS: dict[str, LengthStudy] = {
@@ -234,28 +232,14 @@ def carry_out(jobs: Sequence[Job], workers: int, label: str, console: Console) -
     for job in todo.values():
         job.result.parent.mkdir(parents=True, exist_ok=True)
     done = len(jobs) - len(todo)
-    try:
-        with ProgressLine(label, len(jobs), done) as progress:
-            if workers <= 1:
-                for job in todo.values():
-                    _work(job)
-                    done += 1
-                    progress.advance_to(done, job.name)
-            elif todo:
-                with LocalExecutor(workers) as pool:
-                    waiting: set[Future[str | None]] = {pool.submit(_work, job) for job in todo.values()}
-                    while waiting:
-                        ended, waiting = wait(waiting, 1.0, FIRST_COMPLETED)
-                        for future in ended:
-                            future.result()
-                        done += len(ended)
-                        progress.advance_to(done)
-    except (KeyboardInterrupt, Interrupted):
-        raise Interrupted from None
-    except BrokenExecutor:
-        raise SteelyardError(
-            "a worker process died (killed, or out of memory); the same command goes on where it stopped"
-        ) from None
+
+    def ended(job: Job, _: str | None) -> None:
+        nonlocal done
+        done += 1
+        progress.advance_to(done, job.name)
+
+    with ProgressLine(label, len(jobs), done) as progress:
+        work_off(todo.values(), _work, LocalExecutor(workers) if workers > 1 and todo else None, ended)
     return [json.loads(job.result.read_text()) | {"identity": job.identity} for job in jobs]
 
 
@@ -266,12 +250,3 @@ def _work(job: Job) -> str | None:
     unfinished.write_text(json.dumps(result))
     unfinished.replace(job.result)
     return None
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as CSV; a column that a row lacks is empty."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
