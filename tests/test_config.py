@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 import steelyard
+from steelyard.adapt.backbones import FeaturesConfig
 from steelyard.bench.suite import SuiteCase, Task
 from steelyard.config import Config, config_hash, diff, flatten, from_json, plain, read_config, to_json
 from steelyard.data.episode import ArraySpec, Spec
@@ -19,6 +20,7 @@ from steelyard.envs.samplers import SamplingConfig
 from steelyard.errors import ConfigError
 from steelyard.nets.transformer import TransformerConfig
 from steelyard.objectives import OBJECTIVES, CQLConfig, IQLConfig
+from steelyard.objectives.hyre import EnsembleConfig
 from steelyard.objectives.preference import DPOConfig
 from steelyard.objectives.reward_model import RewardModelConfig
 from steelyard.recipes import RECIPES
@@ -51,6 +53,9 @@ REQUIRED = {
     "ControlArtefact": {"objective": IQLConfig(), "spec": Spec({"observation": BOX}, BOX), "env": ENV},
     "BanditCase": {"objective": DPOConfig()},
     "PreferenceArtefact": {"objective": DPOConfig(), "model": TransformerConfig(), "sampling": SamplingConfig()},
+    "AgentConfig": {"run": "runs/agent"},
+    "TableSchema": {"columns": ("a",), "categories": {"a": ("x", "y")}, "target": "b"},
+    "HeadsArtefact": {"objective": EnsembleConfig(), "backbone": FeaturesConfig(), "width": 4},
     "RewardModelArtefact": {"objective": RewardModelConfig(), "model": TransformerConfig(), "max_tokens": 64},
 }
 CLASSES = [cls for cls in _classes() if cls.__module__.startswith("steelyard.")]

@@ -169,11 +169,27 @@ def test_when_nothing_changes_it_says_so(command, made, tmp_path):
 def test_what_training_said_is_repeated(made, tmp_path, heads):
     run = tmp_path / "run"
     save_heads(run / "checkpoints/step_1", heads.artefact, heads.learner)
-    assert work.training_sentence(run) is None
+    assert work.diversity_sentence(run, None, "preference") is None
     (run / "diversity.json").write_text(json.dumps({"sentence": "The heads say the same: it cannot help."}))
-    assert work.training_sentence(run) == "The heads say the same: it cannot help."
+    assert work.diversity_sentence(run, None, "preference") == "after training: The heads say the same: it cannot help."
     (run / "diversity.json").write_text("{")
-    assert work.training_sentence(run) is None
+    assert work.diversity_sentence(run, None, "preference") is None
+
+
+def test_heads_that_say_the_same_cannot_be_helped(command, made, tmp_path, heads):
+    learner = build(heads.artefact)
+    weights = heads.learner.state_dict()
+    for name, values in weights.items():
+        if values.ndim and len(values) == 21:
+            weights[name] = values[:1].expand_as(values).clone()
+    learner.load_state_dict(weights)
+    save_heads(tmp_path / "same", heads.artefact, learner)
+    words = ["--labels", made / "labels.jsonl", "--test", made / "test.jsonl"]
+    status, out, _ = command("adapt", "hyre", tmp_path / "same", *words)
+    assert status == 0
+    assert "Re-weighting cannot help" in out
+    assert "Re-weighting changed no decision on these 200 examples" in out
+    assert "cannot help" not in command("adapt", "hyre", made / "heads", *words)[1]
 
 
 @pytest.mark.parametrize("method", ["gaussian", "ridge", "simplex", "best", "uniform", "auto", "map"])
@@ -249,9 +265,8 @@ def test_short_profiles(command, made, tmp_path):
 
 def test_a_short_profile_of_another_method_ranks_but_does_not_go_on(command, made, tmp_path):
     start = ["adapt", "hyre", made / "heads"]
-    command(
-        *start, "--labels", made / "labels.jsonl", "--method", "gaussian", "--profile", tmp_path / "p.json", "--top", "9"
-    )
+    words = ["--labels", made / "labels.jsonl", "--method", "gaussian", "--profile", tmp_path / "p.json"]
+    command(*start, *words, "--top", "9")
     status, out, _ = command(*start, "--profile-in", tmp_path / "p.json", "--candidates", made / "pool.jsonl")
     assert status == 0
     assert "ranking: A house." in out

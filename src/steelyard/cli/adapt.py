@@ -190,9 +190,9 @@ def _adapt(args: AdaptArguments, heads: LoadedHeads, people: Personalizer, begun
     profile = people.profile(after, (*begun.seen, *map(seen_hash, labels.keys)))
     _show_weights(heads, after, len(labels), console)
     _show_comparison(heads, before, after, labels.support if len(labels) else None, test, console)
-    sentence = work.training_sentence(args.run)
+    sentence = work.diversity_sentence(args.run, test, heads.task)
     if sentence is not None:
-        console.print(f"after training: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     return profile
 
 

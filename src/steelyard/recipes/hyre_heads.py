@@ -137,7 +137,9 @@ class Seen:
     def of_members(self, chosen: Ints | slice, factor: Floats | None = None) -> Seen:
         """Return it with some of the members only, and each times its factor [H] (before choosing)."""
         by = 1.0 if factor is None else factor
-        return replace(self, members=(self.members * by)[..., chosen], test_members=(self.test_members * by)[..., chosen])
+        return replace(
+            self, members=(self.members * by)[..., chosen], test_members=(self.test_members * by)[..., chosen]
+        )
 
     def accuracy(self, outputs: Floats) -> Floats:
         """Return the share of test pairs that outputs [T, R, P] get right, [T, R]; a tie counts half."""
@@ -173,7 +175,11 @@ def train_heads(spec: HeadSpec, split: Split, training: Training) -> TrainedHead
         groups = np.unique(found, return_inverse=True)[1].astype(np.int64)
     if spec.sees in ("one user", "one cluster"):
         spec = replace(spec, heads=replace(spec.heads, num_heads=int(groups.max()) + 1))
-    return _on_trunk(spec, split, groups, training) if spec.base == "trunk" else _on_features(spec, split, groups, training)
+    return (
+        _on_trunk(spec, split, groups, training)
+        if spec.base == "trunk"
+        else _on_features(spec, split, groups, training)
+    )
 
 
 def _on_features(spec: HeadSpec, split: Split, groups: Ints, training: Training) -> TrainedHeads:

@@ -143,7 +143,7 @@ def ways(agent: Agent) -> list[Way]:
         Way("best head", "labels", {}, lambda: BestHead(GaussianNLL())),
         hyre("HyRe by TD", "td"),
         hyre("HyRe by TD, random actions", "random", False),
-        hyre("HyRe by returns", "return"),
+        hyre("HyRe by returns", "return", False),
     ]
 
 

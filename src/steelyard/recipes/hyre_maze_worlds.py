@@ -23,6 +23,7 @@ from steelyard.data.returns import RewardConfig
 from steelyard.data.store import Store
 from steelyard.envs.behaviours import Cell, PointMazeDataConfig, PointSize
 from steelyard.envs.shifted_maze import Shift, random_steps_store, shifted_maze_env, shifted_maze_store
+from steelyard.errors import ConfigError
 from steelyard.objectives.control_heads import ControlHeadsConfig
 from steelyard.rng import derive_seed, numpy_generator
 
@@ -128,6 +129,11 @@ class MazeStudy(Config):
     def __post_init__(self) -> None:
         """Check ranges."""
         require_positive(self, "prior_steps", "label_steps", "updates", "group_batch", "shots", "episodes")
+        names = (*self.training, *self.validation, *self.targets)
+        if unknown := [name for name in names if name not in WORLDS]:
+            raise ConfigError(f"no world is named {unknown[0]!r}; there are {', '.join(map(repr, WORLDS))}")
+        if len(set(names)) < len(names):
+            raise ConfigError("training, validation and targets must be different worlds: one is named twice")
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,7 @@ class Population(Config):
 
     def __post_init__(self) -> None:
         """Check ranges and order."""
-        require_positive(
-            self, "splits", "train", "validation", "targets", "train_pairs", "test_pairs", "draws"
-        )
+        require_positive(self, "splits", "train", "validation", "targets", "train_pairs", "test_pairs", "draws")
         require_range(self, 2, math.inf, "train", "validation", "targets")
         if not self.shots or list(self.shots) != sorted(set(self.shots)) or self.shots[0] < 1:
             raise ConfigError(f"shots must be increasing numbers from 1, found {self.shots}")

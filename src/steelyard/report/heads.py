@@ -103,9 +103,7 @@ def tables_of(run: Path) -> list[Table]:
 def _table(title: str, caption: str, columns: dict[str, dict[int, Estimate]], numbers: Sequence[int]) -> Table:
     """Return one row for each number of labels."""
     columns = {words: known for words, known in columns.items() if known}
-    cells: list[tuple[Cell, ...]] = [
-        (str(n), *(known.get(n, MISSING) for known in columns.values())) for n in numbers
-    ]
+    cells: list[tuple[Cell, ...]] = [(str(n), *(known.get(n, MISSING) for known in columns.values())) for n in numbers]
     return Table(title, caption, ("labels", *columns), tuple(cells))
 
 

@@ -26,7 +26,7 @@ from steelyard.adapt.personalizer import Personalizer
 from steelyard.adapt.profile import Profile, seen_hash
 from steelyard.adapt.profile_values import settings_of
 from steelyard.artefact import find
-from steelyard.bench import stats
+from steelyard.bench import diversity, stats
 from steelyard.bench.stats import Estimate
 from steelyard.data.labelled_files import ARRAYS, TABLES, LabelledDataConfig, read_examples, table_rows
 from steelyard.data.preferences import read_text_data
@@ -393,12 +393,21 @@ def best_members(heads: LoadedHeads, posterior: Posterior, count: int = 5) -> li
     return [(heads.names[k], float(coefficients[k])) for k in np.argsort(-coefficients, kind="stable")[:count]]
 
 
-def training_sentence(path: str | Path) -> str | None:
-    """Return what the run's diversity meter said after training; None where the heads come without their run."""
+def diversity_sentence(path: str | Path, test: Labelled | None, task: Task) -> str | None:
+    """Return what the run's diversity meter said after training.
+
+    For heads without their run it is measured on the test examples, and returned where re-weighting cannot help: what
+    the best member gains there is an upper bound, so only that direction is safe.
+    """
     file = find(path).parent.parent / "diversity.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("sentence"), str):
+        return f"after training: {found['sentence']}"
+    if test is None:
         return None
-    sentence = found.get("sentence") if isinstance(found, dict) else None
-    return sentence if isinstance(sentence, str) else None
+    clear = np.flatnonzero(test.support.labels != 0.5) if task == "preference" else np.arange(len(test))
+    measured = diversity.measure([test.support.take(clear)], task) if len(clear) else None
+    return measured.sentence() if measured is not None and measured.gain < diversity.LEAST_GAIN else None

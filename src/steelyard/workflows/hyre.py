@@ -19,7 +19,6 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,20 +29,19 @@ from steelyard.adapt.artefact import AdaptSettings, HeadsArtefact, Source, build
 from steelyard.adapt.backbones import (
     AgentSource,
     BackboneConfig,
-    FeaturesConfig,
     HashedWords,
     ModelSource,
-    TableBackboneConfig,
     name_of,
     read_texts,
     reads_text,
 )
 from steelyard.adapt.choose import HeldOutTask
+from steelyard.bench.diversity import Diversity, measure
 from steelyard.config import Config, plain, require_positive, require_range
 from steelyard.data.clusters import k_means
 from steelyard.data.experience import ExperienceBatch
 from steelyard.data.labelled import LabelledBatch, LabelledData, LabelledSource, token_rows
-from steelyard.data.labelled_files import Examples, LabelledDataConfig, Texts, hold_out, read_examples
+from steelyard.data.labelled_files import ARRAYS, Examples, LabelledDataConfig, Texts, hold_out, read_examples
 from steelyard.envs.model_scorers import token_batch
 from steelyard.errors import ConfigError
 from steelyard.nets.encoder import Encoder, EncoderConfig
@@ -115,8 +113,9 @@ class HyReRun(Config):
         if self.trains_backbone and self.trunk:
             raise ConfigError("trunk: a backbone that is trained needs none; it is for frozen ones")
         if self.objective.shares in ("groups", "one_group"):
-            features = isinstance(self.backbone, FeaturesConfig | TableBackboneConfig)
-            if self.data.group_column is None and not self.data.clusters and not features:
+            path = self.data.path  # files of features hold groups of their own
+            own = path is None or Path(path).suffix.lower() in ARRAYS
+            if self.data.group_column is None and not self.data.clusters and not own:
                 raise ConfigError(
                     f"shares {self.objective.shares!r} need groups: name their column with --group-column, or have "
                     "clusters found with --data.clusters K"
@@ -407,9 +406,12 @@ def _train(run: RunDir, parts: Parts, found: checkpoint.Checkpoint | None, quiet
             settings = cross_fitted(tasks, config.adaptation, task, variance, config.seed)
             artefact["adapt"] = plain(choice.settings)  # of the checkpoint that is written next
             diversity = measure_diversity(parts, tasks)
+            meter = diversity.sentence()
+            if not tasks:
+                meter = f"Nothing was held out, so the training examples stand in for unseen groups. {meter}"
             run.write_json("adaptation.json", {"settings": plain(choice.settings), "sentences": list(choice.sentences)})
-            run.write_json("diversity.json", diversity.to_dict() | {"sentence": diversity.sentence()})
-            for sentence in (diversity.sentence(), *choice.sentences):
+            run.write_json("diversity.json", diversity.to_dict() | {"sentence": meter})
+            for sentence in (meter, *choice.sentences):
                 say(sentence)
         rows = evaluation_rows(tasks, settings, config.adaptation, task, variance, config.seed)
         fixed = {"phase": "offline", "update_step": step, "env_step": 0, "episode_seed": config.seed}
@@ -432,10 +434,8 @@ def _train(run: RunDir, parts: Parts, found: checkpoint.Checkpoint | None, quiet
     )
 
 
-def measure_diversity(parts: Parts, tasks: list[HeldOutTask]) -> Any:
+def measure_diversity(parts: Parts, tasks: list[HeldOutTask]) -> Diversity:
     """Return how far the members differ on held-out groups, or on training examples where none are held out."""
-    from steelyard.bench.diversity import measure
-
     if tasks:
         return measure([task.examples for task in tasks], parts.config.objective.task)
     return measure([parts.learner.support(batch) for batch in parts.some()[:1]], parts.config.objective.task)

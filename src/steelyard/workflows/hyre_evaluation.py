@@ -104,7 +104,13 @@ def choose(tasks: Sequence[HeldOutTask], config: AdaptationConfig, task: Task, v
     n, large = _choosing(tasks, config)
     if not large:
         return Choice(first, ("no settings were chosen: no two held-out groups are large enough",))
-    common: dict[str, Any] = {"tasks": large, "task": task, "n": n, "draws": min(config.draws, MOST_DRAWS), "seed": seed}
+    common: dict[str, Any] = {
+        "tasks": large,
+        "task": task,
+        "n": n,
+        "draws": min(config.draws, MOST_DRAWS),
+        "seed": seed,
+    }
     first = replace(first, variance=float(variance.mean()) if task == "regression" else 1.0)
 
     def build(method: MethodName) -> Callable[..., Method]:
