@@ -1,4 +1,4 @@
-"""Target distributions of preferences: each is one user, taste or domain, with pairs of texts or texts judged one by one.
+"""Target distributions of preferences: each is one user, taste or domain, with pairs of texts or judged texts.
 
 - `PairTask`: pairs as they were compared, each with its prompt (`data/pair_tasks_rewards.py` reads reward benchmarks).
 - `JudgedTexts`: texts that a persona would say or would not say; a pair is one of each. Read here from the
@@ -173,8 +173,7 @@ def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the objects of a JSONL file, which may be compressed, each with where it stands."""
     lines: Iterable[str]
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as lines:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{path}, line {number}"
                 try:

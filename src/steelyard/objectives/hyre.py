@@ -164,6 +164,7 @@ class HyRe(Learner):
         if (outputs > 1) != (config.task == "classification"):
             raise ConfigError(f"a {config.task} has {'classes' if outputs == 1 else 'one output'}, found {outputs}")
         self.config, self.backbone, self.group_counts = config, backbone, torch.zeros(0, dtype=torch.int64)
+        self._known_shares: tuple[Any, Tensor] | None = None
         heads, width = config.heads, width_of(backbone)
         self.head = EnsembleHead(heads, width, outputs, generator)
         # all gates are equal at the beginning
@@ -281,7 +282,11 @@ class HyRe(Learner):
         else:
             if examples.groups is None or len(self.group_counts) == 0:
                 raise DataError(f"shares {shares!r} need examples with groups, and set_groups with their sizes")
-            seen = self._of_groups(members)[examples.groups]
+            # once, for weights that were loaded or groups that were told since are others
+            key = (self.share_seed._version, id(self.group_counts), members.device)
+            if self._known_shares is None or self._known_shares[0] != key:
+                self._known_shares = (key, self._of_groups(members))
+            seen = self._known_shares[1][examples.groups]
         return functional.pad(seen, (int(heads.pooled), 0), value=1.0)
 
     def _of_groups(self, members: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from steelyard.adapt.simplex import SimplexMAP
 from steelyard.errors import NonFiniteError
 from steelyard.recipes.hyre_heads import Seen
 
-ETAS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-"""100 leaves the best member alone after one label."""
+ETAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
+"""1000 leaves the best member alone after one label."""
 GAUSSIAN = {
     "heads_weight": (1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0),
     "feature_weight": (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0, 10.0),

@@ -173,7 +173,7 @@ def train_heads(spec: HeadSpec, split: Split, training: Training) -> TrainedHead
         topics = (split.first + split.second).astype(np.float64) / 2
         found = k_means(topics, spec.heads.num_heads, numpy_generator(split.number, "hyre/clusters"))
         groups = np.unique(found, return_inverse=True)[1].astype(np.int64)
-    if spec.sees in ("one user", "one cluster"):
+    if spec.sees in ("one user", "one cluster") and not spec.heads.fixed:
         spec = replace(spec, heads=replace(spec.heads, num_heads=int(groups.max()) + 1))
     return (
         _on_trunk(spec, split, groups, training)
