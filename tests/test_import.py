@@ -10,7 +10,7 @@ import pytest
 HEAVY = ("torch", "numpy", "gymnasium", "transformers", "pydantic", "tyro", "h5py", "matplotlib", "mujoco")
 EXTRAS = ("h5py", "minari", "matplotlib", "PIL", "gymnasium_robotics", "mujoco", "pyarrow", "tensorboard", "trackio",
           "transformers", "tokenizers", "fastapi", "ray", "vllm", "av", "onnx", "onnxruntime",
-          "onnxscript", "scipy")  # fmt: skip
+          "onnxscript", "scipy", "uvicorn", "sklearn")  # fmt: skip
 
 
 def python(code: str) -> str:

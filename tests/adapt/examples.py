@@ -17,7 +17,16 @@ TASKS = ("preference", "regression", "classification")
 HYRES = ("HyRe", "HyRe mix")
 ON_SIMPLEX = ("uniform", "single", "best head", *HYRES, "simplex MAP")
 SINGLE = ("single", "head MAP", "fine-tune head")
-NAMES = (*ON_SIMPLEX, "Gaussian", "Gaussian and features", "ridge", "head MAP", "HyRe then MAP", "fine-tune head", "auto")
+NAMES = (
+    *ON_SIMPLEX,
+    "Gaussian",
+    "Gaussian and features",
+    "ridge",
+    "head MAP",
+    "HyRe then MAP",
+    "fine-tune head",
+    "auto",
+)
 
 
 def method_of(name, task, pooled=0):

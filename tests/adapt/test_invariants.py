@@ -94,9 +94,7 @@ def test_a_target_may_be_measured_from_anywhere(name, data):
     """Targets and members that move together: residuals are the same, and so are weights (which sum to 1)."""
     support = data.draw(supports("regression"))
     level = np.array(data.draw(st.lists(st.floats(-5, 5), min_size=len(support), max_size=len(support))))
-    moved = dataclasses.replace(
-        support, members=support.members + level[:, None, None], labels=support.labels + level
-    )
+    moved = dataclasses.replace(support, members=support.members + level[:, None, None], labels=support.labels + level)
     found, expected = (adapted(method_of(name, "regression"), s) for s in (moved, support))
     if name == "ridge":  # its coefficients need not sum to 1, so a level that all members share is something to learn
         if np.abs(level).max() > 1 and abs(expected.coefficients.sum() - 1) > 0.1:
@@ -254,5 +252,7 @@ def test_a_mode_explains_its_labels_no_worse_than_the_prior(name, task, data):
     support = data.draw(supports(task))
     method = method_of(name, task)
     before, after = method.begin(support.members.shape[1]).combination(), adapted(method, support)
-    losses = [Likelihood(task).value(c.apply(support.members, support.features), support.labels) for c in (before, after)]
+    losses = [
+        Likelihood(task).value(c.apply(support.members, support.features), support.labels) for c in (before, after)
+    ]
     assert support.counts @ losses[1] <= support.counts @ losses[0] + 1e-9

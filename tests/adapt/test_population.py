@@ -61,9 +61,7 @@ def test_squared_loss_is_bayesian_linear_regression(data):
     prior = g * np.cov(weight[:, 0].T, bias=True).reshape(d, d) + spread * np.eye(d)
     precision = np.linalg.inv(prior) + x.T @ x / noise
     theta = np.linalg.solve(precision, np.linalg.solve(prior, mean) + x.T @ y / noise)
-    found = adapted(
-        GaussianHeads(g, spread, "regression", noise), Support(np.einsum("nd,hcd->nhc", x, weight), y, x)
-    )
+    found = adapted(GaussianHeads(g, spread, "regression", noise), Support(np.einsum("nd,hcd->nhc", x, weight), y, x))
     np.testing.assert_allclose(found.collapse(weight, np.zeros((heads, 1)))[0][0], theta, rtol=1e-6, atol=1e-6)
 
 
@@ -135,9 +133,7 @@ def test_a_tight_prior_stays_and_a_wide_one_fits():
     rng = np.random.default_rng(3)
     support = Support(rng.normal(size=(5, 8, 1)), rng.normal(size=5), rng.normal(size=(5, 3)))
     for method in (GaussianHeads, RidgeCombination):
-        np.testing.assert_allclose(
-            adapted(method(1e-9, task="regression"), support).coefficients, 1 / 8, atol=1e-6
-        )
+        np.testing.assert_allclose(adapted(method(1e-9, task="regression"), support).coefficients, 1 / 8, atol=1e-6)
         fitted = adapted(method(1e9, task="regression"), support).apply(support.members)
         np.testing.assert_allclose(fitted[:, 0], support.labels, atol=1e-4)
 
@@ -157,8 +153,12 @@ def test_hyre_then_map_is_map_around_hyre():
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     "make",
-    [lambda t: GaussianHeads(3.0, task=t), lambda t: GaussianHeads(3.0, 0.5, t), lambda t: RidgeCombination(0.5, t),
-     lambda t: HeadMAP(2.0, 0, t)],
+    [
+        lambda t: GaussianHeads(3.0, task=t),
+        lambda t: GaussianHeads(3.0, 0.5, t),
+        lambda t: RidgeCombination(0.5, t),
+        lambda t: HeadMAP(2.0, 0, t),
+    ],
 )
 @given(data=st.data())
 @settings(max_examples=6, deadline=None)
@@ -174,7 +174,10 @@ def test_many_users_at_once_are_one_by_one(make, task, data):
     for u, support in enumerate(users):
         rows = rng.permutation(longest)[: len(support)]
         members[u, rows], features[u, rows], labels[u, rows], mask[u, rows] = (
-            support.members, support.features, support.labels, support.counts
+            support.members,
+            support.features,
+            support.labels,
+            support.counts,
         )
     coefficients, vectors = gaussian_users(method, members, labels, mask, features)
     for u, support in enumerate(users):

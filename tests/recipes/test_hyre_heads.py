@@ -51,7 +51,7 @@ def seen(split):
 
 
 def test_adaptation_and_training_items_are_never_tested(tastes, split):
-    """The promise of the study: no item of a user's test pairs is in its adaptation pairs, and no user is in two parts."""
+    """The promise of the study: what a user is tested on it never adapts to, and no user is in two parts."""
 
     def items(first, second):
         return {row.tobytes() for row in np.concatenate([first, second]).reshape(-1, first.shape[-1])}
@@ -125,7 +125,9 @@ def test_logistic_head_equals_scipy(rows):
         f = differences @ w
         return np.logaddexp(0, -f).sum() + 0.35 * w @ w, -differences.T @ (1 / (1 + np.exp(f))) + 0.7 * w
 
-    found = optimize.minimize(objective, np.zeros(20), jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-9})
+    found = optimize.minimize(
+        objective, np.zeros(20), jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-9}
+    )
     np.testing.assert_allclose(logistic_head(differences, 0.7), found.x, atol=2e-5)
 
 
@@ -139,7 +141,9 @@ SPECS = (
 )
 
 
-@pytest.mark.parametrize(("spec", "members"), list(zip(SPECS, (13, 5, 7, 9, 6, 13), strict=True)), ids=lambda x: getattr(x, "name", str(x)))
+@pytest.mark.parametrize(
+    ("spec", "members"), list(zip(SPECS, (13, 5, 7, 9, 6, 13), strict=True)), ids=lambda x: getattr(x, "name", str(x))
+)
 def test_head_sets_are_antisymmetric_standardised_and_reproducible(split, spec, members):
     heads = train_heads(spec, split, TRAINING)
     assert heads.num_members == members

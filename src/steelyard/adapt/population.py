@@ -57,8 +57,7 @@ class GaussianHeads:
     name: str = "Gaussian over heads"
 
     def __post_init__(self) -> None:
-        _check(self.heads_weight, "heads_weight")
-        _check(self.feature_weight, "feature_weight")
+        _check(self, "heads_weight", "feature_weight")
 
     def begin(self, num_members: int) -> SupportPosterior:
         """Return the posterior after no example: the mean of the heads."""
@@ -91,7 +90,7 @@ class RidgeCombination:
     name: str = "ridge combination"
 
     def __post_init__(self) -> None:
-        _check(self.weight, "weight")
+        _check(self, "weight")
 
     def begin(self, num_members: int) -> SupportPosterior:
         """Return the posterior after no example: the mean of the members."""
@@ -125,10 +124,12 @@ class HeadMAP:
     name: str = "head MAP"
 
     def __post_init__(self) -> None:
-        _check(self.variance, "variance")
+        _check(self, "variance")
 
     def begin(self, num_members: int) -> SupportPosterior:
         """Return the posterior after no example: the single model."""
+        if not 0 <= self.pooled < num_members:
+            raise ConfigError(f"pooled must name one of {num_members} members, found {self.pooled}")
         return _begin(self, num_members)
 
     def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:
@@ -137,8 +138,6 @@ class HeadMAP:
 
     def process(self, num_members: int) -> GaussianProcess:
         """Return the prior."""
-        if not 0 <= self.pooled < num_members:
-            raise ConfigError(f"pooled must name one of {num_members} members, found {self.pooled}")
         mean = np.zeros(num_members)
         mean[self.pooled] = 1
         return GaussianProcess(Likelihood(self.task, self.noise), mean, 0.0, False, self.variance)
@@ -164,7 +163,7 @@ class HyReThenMAP:
     name: str = "HyRe, then MAP"
 
     def __post_init__(self) -> None:
-        _check(self.variance, "variance")
+        _check(self, "variance")
 
     def begin(self, num_members: int) -> SupportPosterior:
         """Return the posterior after no example: HyRe's prior."""
@@ -313,6 +312,9 @@ def _fit(process: GaussianProcess, support: Support | None) -> tuple[Combination
     return combination, {"departure": float(departure[0]), "steps": float(steps)}
 
 
-def _check(value: float, name: str) -> None:
-    if not 0 <= value < np.inf:
-        raise ConfigError(f"{name} must be finite and at least 0, found {value}")
+def _check(method: GaussianHeads | RidgeCombination | HeadMAP | HyReThenMAP, *names: str) -> None:
+    Likelihood(method.task, method.noise)
+    for name in names:
+        value = getattr(method, name)
+        if not 0 <= value < np.inf:
+            raise ConfigError(f"{name} must be finite and at least 0, found {value}")
