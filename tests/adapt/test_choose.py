@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from steelyard.adapt.base import Support
@@ -67,9 +67,8 @@ def test_drawn_labels_are_never_scored(data):
     task = HeldOutTask(Support(np.zeros((size, 2, 1)), np.zeros(size)), pool, sources, "t")
     try:
         support, test = draw(task, n, numpy_generator(seed, "s"))
-    except DataError as error:
-        assert "to draw" in str(error) or "to score" in str(error)
-        return
+    except DataError:  # more than there are, or none left to score
+        assume(False)
     assert len(support) == n == len(set(support.tolist()))
     assert len(test) == len(set(test.tolist())) > 0
     assert not set(support.tolist()) & set(test.tolist())

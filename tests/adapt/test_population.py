@@ -71,7 +71,7 @@ def test_squared_loss_is_bayesian_linear_regression(data):
 def test_no_covariance_of_heads_is_head_map_is_ridge_regression(task, data):
     """S = 0: the penalised fit of a linear function, minimised by scipy over the features."""
     support = data.draw(supports(task, heads=1))
-    n, _, c = support.members.shape
+    c = support.members.shape[2]
     variance = data.draw(st.sampled_from([0.1, 1.0, 30.0]))
     likelihood = Likelihood(task, 0.5)
 
@@ -94,7 +94,7 @@ def test_no_covariance_of_heads_is_head_map_is_ridge_regression(task, data):
 def test_it_is_the_mode_over_coefficients(task, data):
     """Against scipy over u = 1/H + C z (z standard normal, C C^T = g S) and v, which the dual never sees."""
     support = data.draw(supports(task, most=4))
-    n, h, c = support.members.shape
+    _, h, c = support.members.shape
     centred = math.sqrt(3.0 / h) * (np.eye(h) - 1 / h)
     likelihood = Likelihood(task)
 

@@ -115,7 +115,7 @@ def test_preferences_by_hand():
     loss, gradients = loss_and_gradients(learner, batch)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(gradients[0][:, 0], gradient, rtol=1e-4)
-    assert (gradients[1] == 0).all(), "a bias says nothing of pairs"
+    assert float(gradients[1].abs().max()) < 1e-6, "a bias says nothing of pairs"
     assert learner.members(batch)[:, :, 0].tolist() == [[1.0, -2.0], [-0.5, -1.0]]
 
 
@@ -130,7 +130,7 @@ def test_regression_by_hand():
     assert float(loss_and_gradients(learner, batch)[0]) == pytest.approx((3.5**2 + 4.5**2 + 4.5**2 + 3.5**2) / 4)
     assert learner.members(batch)[:, :, 0].tolist() == [[10.0, 12.0], [14.0, 12.0]]
     weight, bias = learner.linear()
-    torch.testing.assert_close(batch.inputs[:, None] * weight[:, :, 0] + bias[:, 0], learner.members(batch)[:, :, 0])
+    torch.testing.assert_close(batch.inputs * weight[:, 0, 0] + bias[:, 0], learner.members(batch)[:, :, 0])
     learner.calibrate([batch])
     assert learner.head.scale.tolist() == [1.0, 1.0]
     assert learner.head.variance.tolist() == [(49 + 81) / 2, (81 + 49) / 2]
@@ -242,6 +242,7 @@ def test_one_head_without_prior_is_a_reward_model(transformer):
 
 def test_one_head_on_fixed_features_is_logistic_regression():
     """The optimum of every user head is that of a penalised logistic regression on the user's own pairs."""
+    optimize = pytest.importorskip("scipy.optimize")
     g = np.random.default_rng(1)
     first, second = g.normal(size=(2, 80, D))
     groups = np.arange(80) % 2
@@ -249,7 +250,7 @@ def test_one_head_on_fixed_features_is_logistic_regression():
     wins = (g.random(80) < 1 / (1 + np.exp(-margin[np.arange(80), groups]))).astype(float)
     examples = LabelledData(first, wins, second, groups)
     config = EnsembleConfig(
-        heads=HeadsConfig(num_heads=2, init_scale=0.0), shares="one_group", l2=0.02, head_learning_rate=0.03
+        heads=HeadsConfig(num_heads=2, init_scale=0.0), shares="one_group", l2=0.2, head_learning_rate=0.03
     )
     learner = HyRe(config, Features(D), seeded())
     learner.fit_statistics(examples.batches(), examples.group_counts)
@@ -258,11 +259,9 @@ def test_one_head_on_fixed_features_is_logistic_regression():
         update(learner, optimizers, examples.batch(), 0, step)
     scale = learner.spread.double().numpy()
     difference = (examples.other - examples.inputs).astype(float) / -scale
-    from scipy import optimize
-
     for member, rows in enumerate((groups >= 0, groups == 0, groups == 1)):
         x, y = difference[rows], wins[rows]
-        target = lambda w, x=x, y=y: np.mean(np.logaddexp(0, x @ w) - y * (x @ w)) + 0.01 * w @ w  # noqa: E731
+        target = lambda w, x=x, y=y: np.mean(np.logaddexp(0, x @ w) - y * (x @ w)) + 0.1 * w @ w  # noqa: E731
         best = optimize.minimize(target, np.zeros(D)).x
         found = learner.head.trained.weight0[member, 0].detach().numpy()
         np.testing.assert_allclose(found, best, atol=5e-3)
@@ -463,9 +462,7 @@ def test_what_adaptation_gets(config):
 
 def test_user_heads_learn_what_users_like():
     train, test = data(rows=800), data(rows=400, seed=5)
-    config = EnsembleConfig(
-        heads=HeadsConfig(num_heads=G, init_scale=0.0), shares="one_group", head_learning_rate=0.05
-    )
+    config = EnsembleConfig(heads=HeadsConfig(num_heads=G, init_scale=0.0), shares="one_group", head_learning_rate=0.05)
     learner = fit_heads(HyRe(config, Features(D), seeded()), train, 150, 200, seed=0)
     right = (learner.support(test.batch()).members[:, :, 0] > 0) == (test.targets > 0.5)[:, None]
     own = right[np.arange(400), 1 + test.groups].mean()
@@ -586,5 +583,3 @@ def test_a_likelihood_is_stable_at_large_margins():
         loss, gradients = loss_and_gradients(learner, batch)
         assert float(loss) == pytest.approx(expected)
         assert torch.isfinite(gradients[0]).all()
-
-

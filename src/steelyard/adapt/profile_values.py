@@ -18,9 +18,10 @@ from steelyard.adapt.base import Floats, Method
 def settings_of(method: Method) -> dict[str, Any]:
     """Return a method's settings as plain values: {"name": "HyRe", "eta": 1, "loss": "bt", "loss_noise": 0, ...}."""
     found: dict[str, Any] = {"name": method.name}
-    if dataclasses.is_dataclass(method):
-        for part in dataclasses.fields(method):
-            value = getattr(method, part.name)
+    any_method: Any = method
+    if dataclasses.is_dataclass(any_method):
+        for part in dataclasses.fields(any_method):
+            value = getattr(any_method, part.name)
             if dataclasses.is_dataclass(value) and hasattr(value, "name"):  # a loss
                 found[part.name] = value.name
                 found |= {

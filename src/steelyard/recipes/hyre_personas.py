@@ -21,7 +21,7 @@ from rich.console import Console
 
 from steelyard.adapt.base import Support
 from steelyard.adapt.losses import BradleyTerry
-from steelyard.adapt.query import Pool, next_query
+from steelyard.adapt.query import How, Pool, acquire, next_query
 from steelyard.adapt.reweight import HyRe
 from steelyard.bench.diversity import measure
 from steelyard.bench.rows import write_rows
@@ -40,7 +40,7 @@ from steelyard.rng import numpy_generator
 
 MAIN = "user heads, pooled"
 USERS = "users.safetensors"
-QUERIES = ("random", "entropy", "variance", "bald", "joint_bald")
+QUERIES: tuple[How, ...] = ("random", "entropy", "variance", "bald", "joint_bald")
 ASKED = 5
 
 
@@ -243,8 +243,20 @@ def _queries(job: PersonaJob, seen: Seen, etas: Mapping[int, float]) -> list[Row
                 generator = numpy_generator(job.split, f"hyre/queries/{how}", 2 * user + draw)
                 posterior = HyRe(BradleyTerry(), eta=eta).begin(seen.members.shape[3])
                 asked = np.zeros(seen.labels.shape[2], bool)
-                for n in range(1, min(ASKED, len(asked)) + 1):
-                    row = next_query(pool, posterior.weights(), asked, how, "preference", generator)  # type: ignore[arg-type]
+                most = min(ASKED, len(asked))
+                # of one question joint BALD is BALD: it chooses all questions before the first answer
+                batch = (
+                    acquire(pool, posterior.weights(), most, how, "preference", generator)
+                    if how == "joint_bald"
+                    else None
+                )
+                for n in range(1, most + 1):
+                    weights = posterior.weights()
+                    row = (
+                        next_query(pool, weights, asked, how, "preference", generator)
+                        if batch is None
+                        else int(batch[n - 1])
+                    )
                     asked[row] = True
                     example = Support(seen.members[user, draw, row][None, :, None], seen.labels[user, draw, row][None])
                     posterior = posterior.update(example)

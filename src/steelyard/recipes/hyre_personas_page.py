@@ -226,7 +226,8 @@ def _accuracy(scores: Scores, world: str, method: str, n: int) -> Estimate:
 def _queries(rows: Sequence[Row]) -> Section:
     section = Section("E4: which pair to ask about")
     section.text(
-        "Every answer re-weights the heads before the next question; HyRe with the eta chosen for five labels."
+        "Every answer re-weights the heads before the next question; HyRe with the eta chosen for five "
+        "labels. Joint BALD chooses all five before the first answer."
     )
     hows = list(dict.fromkeys(row["how"] for row in rows))
     asked = sorted({int(row["n"]) for row in rows})
