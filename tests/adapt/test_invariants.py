@@ -18,7 +18,7 @@ from steelyard.errors import ConfigError, DataError
 from .examples import HYRES, NAMES, ON_SIMPLEX, SINGLE, TASKS, adapted, method_of, same, supports, zero_one
 
 EVERY = [(name, task) for name in NAMES for task in TASKS]
-quick = settings(max_examples=6, deadline=None)
+quick = settings(max_examples=5, deadline=None)
 
 
 @pytest.mark.parametrize(("name", "task"), EVERY)

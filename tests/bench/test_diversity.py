@@ -49,10 +49,25 @@ def test_regression_and_classification():
     found = measure([Support(members, labels)], "regression")
     assert found.uniform == pytest.approx(1)
     assert found.gain == pytest.approx(1)
+    assert "100.0 % of the error" in found.sentence()
+    same = measure([Support(members[:, [1, 1]], labels)], "regression").sentence()
+    assert "cannot help" in same
+    assert "differ on" not in same
     classes = np.array([[[1.0, 0.0], [0.0, 1.0]]])
     found = measure([Support(classes, np.array([0.0]))], "classification")
     assert found.disagreement == 1
     assert found.best == 1
+
+
+def test_the_threshold_is_one_point():
+    """100 examples: a best member that is right on one more than the mean of both, and on none more."""
+    for more, words in ((2, "can help"), (1, "can help"), (0, "cannot help")):
+        margins = np.ones((100, 3))
+        margins[:more] = [1, -2, -2]
+        assert f"Re-weighting {words}" in measure([_group(margins)], "preference").sentence()
+    rows = np.ones((201, 3))
+    rows[0] = [1, -2, -2]  # half a point
+    assert "cannot help" in measure([_group(rows)], "preference").sentence()
 
 
 def test_no_group_is_an_error():

@@ -75,6 +75,14 @@ def pairs(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def few_pairs(pairs, tmp_path_factory) -> Path:
+    """The first 8 pairs of 4 users, for models that take their time."""
+    path, lines = tmp_path_factory.mktemp("data") / "few.jsonl", pairs.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for user in range(4) for line in lines[24 * user : 24 * user + 8]))
+    return path
+
+
 def run_of(path: Path, **changes) -> HyReRun:
     """User heads on hashed words, in 30 updates."""
     config = HyReRun(
@@ -451,11 +459,12 @@ def test_a_backbone_that_has_changed_is_refused(tmp_path):
 # ----------------------------------------------------------------------------------------------- language models
 
 
-def lm_run(pairs: Path, **changes) -> HyReRun:
+def lm_run(path: Path, **changes) -> HyReRun:
     config = run_of(
-        pairs,
+        path,
         objective=EnsembleConfig(heads=HeadsConfig(num_heads=3), shares="groups", learning_rate=1e-3),
         backbone=LanguageModelConfig("tiny", reference="none"),
+        data=LabelledDataConfig(str(path), group_column="user", held_out=("user0", "user1")),
         max_tokens=96,
         batch_size=16,
         steps=4,
@@ -467,10 +476,10 @@ def lm_run(pairs: Path, **changes) -> HyReRun:
 
 @pytest.mark.lm
 @pytest.mark.parametrize("kind", ["frozen", "lora", "full"])
-def test_a_language_model_frozen_adapted_or_trained(kind, pairs, tmp_path, monkeypatch):
+def test_a_language_model_frozen_adapted_or_trained(kind, few_pairs, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = lm_run(pairs, trained=kind == "full")
+    config = lm_run(few_pairs, trained=kind == "full")
     if kind == "lora":
         config = replace(config, backbone=replace(config.backbone, adapter=LoRAConfig(rank=2, alpha=4.0)))
     parts = hyre.Parts(config, quiet=True)
@@ -493,9 +502,9 @@ def test_a_language_model_frozen_adapted_or_trained(kind, pairs, tmp_path, monke
 
 
 @pytest.mark.lm
-def test_adapters_resume_bit_for_bit(pairs, tmp_path, monkeypatch):
+def test_adapters_resume_bit_for_bit(few_pairs, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    config = lm_run(pairs)
+    config = lm_run(few_pairs)
     config = replace(config, backbone=replace(config.backbone, adapter=LoRAConfig(rank=2, alpha=4.0)))
     inner = hyre.LabelledSource.batch
 
@@ -534,7 +543,7 @@ def tiny_encoder(tmp_path_factory) -> Path:
 
 @pytest.mark.lm
 @pytest.mark.parametrize("trained", [False, True])
-def test_an_encoder_frozen_or_trained(trained, tiny_encoder, pairs, tmp_path, monkeypatch):
+def test_an_encoder_frozen_or_trained(trained, tiny_encoder, few_pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = lm_run(
         pairs, backbone=EncoderConfig(str(tiny_encoder), max_tokens=64, max_prompt_tokens=16), trained=trained

@@ -42,6 +42,7 @@ class Diversity:
         gain: `best` minus `uniform`, or 1 - best / uniform for errors.
         num_members: H.
         num_groups: held-out groups.
+        task: what the members are for; of a regression, `disagreement` is 0 and `gain` a share of the error.
     """
 
     disagreement: float
@@ -52,22 +53,24 @@ class Diversity:
     gain: float
     num_members: int
     num_groups: int
+    task: Task = "preference"
 
     def to_dict(self) -> dict[str, float]:
         """Return the numbers by name."""
-        return dict(dataclasses.asdict(self))
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "task"}
 
     def sentence(self) -> str:
         """Return what follows from it, in words."""
-        unit = f"{number(100 * self.gain, 1)} points"
+        regression = self.task == "regression"
+        unit = f"{number(100 * self.gain, 1)} {'% of the error' if regression else 'points'}"
+        differ = "" if regression else f"members differ on {number(100 * self.disagreement, 1)} % of examples, "
         if self.num_members < 2:
             return "There is one member only: re-weighting cannot help."
         if self.gain < LEAST_GAIN:
             return (
                 f"Re-weighting cannot help: even the best member of each of {self.num_groups} held-out groups is only "
-                f"{unit} better than the uniform mean (members differ on {number(100 * self.disagreement, 1)} % of "
-                f"examples, {number(self.directions, 1)} effective directions of {self.num_members}). Give heads "
-                "different data, e.g. one head for each user or cluster."
+                f"{unit} better than the uniform mean ({differ}{number(self.directions, 1)} effective directions of "
+                f"{self.num_members}). Give heads different data, e.g. one head for each user or cluster."
             )
         return (
             f"Re-weighting can help: the best member of each of {self.num_groups} held-out groups is {unit} better "
@@ -103,7 +106,7 @@ def measure(groups: Sequence[Support], task: Task) -> Diversity:
     gain = 1 - high / low if task == "regression" and low > 0 else high - low
     outputs = members.transpose(1, 0, 2).reshape(heads, -1)
     correlation, directions = _spectrum(outputs)
-    return Diversity(_disagreement(members, task), correlation, directions, low, high, gain, heads, len(groups))
+    return Diversity(_disagreement(members, task), correlation, directions, low, high, gain, heads, len(groups), task)
 
 
 def _disagreement(members: Floats, task: Task) -> float:

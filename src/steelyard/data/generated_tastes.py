@@ -52,7 +52,7 @@ class TastesConfig(Config):
 
 
 def generate_tastes(config: TastesConfig, seed: int) -> list[Taste]:
-    """Return the users, named "user 0 (axis 3, minority)"; a function of config and seed only."""
+    """Return the users, named "user SEED-NUMBER (axis 3, minority)"; a function of config and seed only."""
     generator = numpy_generator(seed, "tastes/population")
     shared, *axes = _directions(1 + config.axes, config.features, generator)
     tastes = []
@@ -64,7 +64,7 @@ def generate_tastes(config: TastesConfig, seed: int) -> list[Taste]:
         taste = config.shared * shared + config.group * side * axes[axis] + config.own * own
         features = generator.standard_normal((config.items, config.features)).astype(np.float32)
         utility = features @ taste + config.noise * generator.standard_normal(config.items)
-        name = f"user {user} (axis {axis}, {'minority' if side < 0 else 'majority'})"
+        name = f"user {seed}-{user} (axis {axis}, {'minority' if side < 0 else 'majority'})"
         tastes.append(Taste(name, features, utility > np.median(utility)))
     return tastes
 

@@ -305,6 +305,22 @@ def bars(groups: Sequence[str], series: Sequence[Series], frame: Frame) -> Pictu
     return _finished(figure, series, frame)
 
 
+def scatter(labels: Sequence[str], x: Sequence[float], y: Sequence[float], frame: Frame) -> Picture:
+    """Plot one numbered dot a label; the key names the numbers, so that names never collide in the picture."""
+    figure = _figure(5.6, 3.4)
+    axis = figure.subplots()
+    axis.plot(x, y, "o", color=colour(0), markersize=6, alpha=0.8)
+    for number, place in enumerate(zip(x, y, strict=True), 1):
+        axis.annotate(str(number), place, (5, 4), textcoords="offset points", color=INK, fontsize=8)
+    if frame.level is not None:
+        axis.axhline(frame.level, color=INK, linewidth=0.8, alpha=0.5)
+    _dress(axis, frame.xlabel, frame.ylabel)
+    if frame.ylim is not None:
+        axis.set_ylim(*frame.ylim)
+    named = " ".join(f"<span>{number} {html.escape(label)}</span>" for number, label in enumerate(labels, 1))
+    return Picture(f'<p class="key">{named}</p>' + _svg(figure, frame.name, frame.caption), frame.caption)
+
+
 def _symlog(axis: Any, which: str) -> None:
     """Make one axis logarithmic beyond -1 and 1, with plain numbers at its ticks."""
     scale, of_axis = (axis.set_xscale, axis.xaxis) if which == "x" else (axis.set_yscale, axis.yaxis)
