@@ -139,7 +139,7 @@ class ControlHeads(Learner):
 
     def prepare(self, batch: GroupedTransitions) -> GroupedTransitions:
         """Normalise observations, scale actions to [-1, 1]."""
-        if batch.groups is None:
+        if not isinstance(batch, GroupedTransitions) or batch.groups is None:
             raise DataError("control_heads needs to know the group of every transition")
         return dataclasses.replace(
             batch,

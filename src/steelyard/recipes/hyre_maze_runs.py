@@ -25,7 +25,6 @@ from steelyard.adapt.control import (
     PolicyHeads,
     critic_heads,
     policy_heads,
-    transitions,
 )
 from steelyard.adapt.losses import GaussianNLL
 from steelyard.adapt.population import GaussianHeads, HeadMAP
@@ -47,6 +46,7 @@ from steelyard.recipes.hyre_maze_worlds import (
     SeedJob,
     Steps,
     data_folder,
+    read_prior,
     read_steps,
 )
 from steelyard.rng import torch_generator
@@ -209,10 +209,7 @@ def run_seed(job: SeedJob) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     study, out, seed = job.study, job.out, job.seed
     learner = train_heads(study, out, seed)
-    prior = [
-        transitions(Store.open(data_folder(out, world) / "demonstrations"), REWARDS, study.heads.discount)
-        for world in study.training
-    ]
+    prior = [read_prior(study, out, world) for world in study.training]
     agent = Agent(learner, prior)
     validation = [read_steps(study, out, world) for world in study.validation]
     settings = {(way.name, n): choose(agent, way, validation, n, seed) for way in ways(agent) for n in study.shots}

@@ -234,3 +234,8 @@ def read_steps(study: MazeStudy, out: str, world: str) -> Steps:
     rows = np.arange(len(found))
     random = transitions(Store.open(folder / "random"), REWARDS, study.heads.discount)
     return Steps(world, rows_of(found, rows[:middle]), rows_of(found, rows[middle:]), random)
+
+
+def read_prior(study: MazeStudy, out: str, world: str) -> TransitionBatch:
+    """Read the prior data of a training world."""
+    return transitions(Store.open(data_folder(out, world) / "demonstrations"), REWARDS, study.heads.discount)
