@@ -546,7 +546,7 @@ def tiny_encoder(tmp_path_factory) -> Path:
 def test_an_encoder_frozen_or_trained(trained, tiny_encoder, few_pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = lm_run(
-        pairs, backbone=EncoderConfig(str(tiny_encoder), max_tokens=64, max_prompt_tokens=16), trained=trained
+        few_pairs, backbone=EncoderConfig(str(tiny_encoder), max_tokens=64, max_prompt_tokens=16), trained=trained
     )
     run = hyre.start(config, tmp_path / "run", quiet=True)
     heads = load_heads(run)
