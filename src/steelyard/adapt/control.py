@@ -91,7 +91,7 @@ class PolicyHeads:
         if self.features is None:
             return None
         found, size = _numpy(self.features(observations)), len(self.box.low)
-        blocks: Floats = np.einsum("nd,ab->nabd", found, np.eye(size)).reshape(len(found) * size, -1)
+        blocks: Floats = np.einsum("nd,ab->nabd", found, np.eye(size)).reshape(len(found) * size, found.shape[1] * size)
         return blocks
 
 

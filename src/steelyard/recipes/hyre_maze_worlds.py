@@ -23,7 +23,7 @@ from steelyard.data.returns import RewardConfig
 from steelyard.data.store import Store
 from steelyard.envs.behaviours import Cell, PointMazeDataConfig, PointSize
 from steelyard.envs.shifted_maze import Shift, random_steps_store, shifted_maze_env, shifted_maze_store
-from steelyard.errors import ConfigError
+from steelyard.errors import ConfigError, DataError
 from steelyard.objectives.control_heads import ControlHeadsConfig
 from steelyard.rng import derive_seed, numpy_generator
 
@@ -229,6 +229,8 @@ def read_steps(study: MazeStudy, out: str, world: str) -> Steps:
     """Read the steps of an unseen world."""
     folder = data_folder(out, world)
     store = Store.open(folder / "demonstrations")
+    if store.num_episodes < 2:
+        raise DataError(f"{folder}: one episode cannot be labelled and held out; found one, raise label_steps")
     found = transitions(store, REWARDS, study.heads.discount)
     middle = int(store.starts[(store.num_episodes + 1) // 2])
     rows = np.arange(len(found))
