@@ -36,7 +36,7 @@ PRESETS: dict[str, MazeStudy] = {
                  "goal 6,5"),
         prior_steps=600,
         label_steps=120,
-        updates=1_000,
+        updates=1_200,
         episodes=1,
         seeds=(0, 1, 2),
     ),

@@ -56,7 +56,7 @@ from steelyard.train.optim import OptimConfig, Optimizers
 ETAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 VARIANCES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 STEPS = (1, 3, 10, 30)
 NOISE = 0.1  # variance of demonstrated actions, where only its ratio to a weight matters
 DRAWS = 3  # of labels in validation worlds
