@@ -281,6 +281,12 @@ def check_gamma(gamma: float) -> None:
         raise ConfigError(f"gamma must be between 0 and 1, found {gamma}")
 
 
+def check_pooled(pooled: int, num_members: int) -> None:
+    """Raise unless `pooled` is the number of one of the members."""
+    if not 0 <= pooled < num_members:
+        raise ConfigError(f"pooled must name one of {num_members} members, found {pooled}")
+
+
 def same_settings(first: Any, second: Any) -> bool:
     """Whether two methods are the same, arrays among their settings included."""
     if first is second:

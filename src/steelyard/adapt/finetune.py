@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from steelyard.adapt.base import Combination, Support, SupportPosterior, Task
+from steelyard.adapt.base import Combination, Support, SupportPosterior, Task, check_pooled
 from steelyard.adapt.losses import Likelihood
 from steelyard.data.experience import ExperienceBatch
 from steelyard.data.labelled import LabelledBatch
@@ -68,8 +68,7 @@ class FineTuneHead:
 
     def begin(self, num_members: int) -> SupportPosterior:
         """Return the single model."""
-        if not 0 <= self.pooled < num_members:
-            raise ConfigError(f"pooled must name one of {num_members} members, found {self.pooled}")
+        check_pooled(self.pooled, num_members)
         return SupportPosterior(self, num_members)
 
     def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from steelyard.adapt.base import Combination, Floats, Support, SupportPosterior, Task
+from steelyard.adapt.base import Combination, Floats, Support, SupportPosterior, Task, check_pooled
 from steelyard.adapt.losses import Likelihood
 from steelyard.adapt.reweight import HyRe
 from steelyard.errors import ConfigError, DataError, NonFiniteError
@@ -61,7 +61,7 @@ class GaussianHeads:
 
     def begin(self, num_members: int) -> SupportPosterior:
         """Return the posterior after no example: the mean of the heads."""
-        return _begin(self, num_members)
+        return SupportPosterior(self, num_members)
 
     def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:
         """Return the posterior mode."""
@@ -94,7 +94,7 @@ class RidgeCombination:
 
     def begin(self, num_members: int) -> SupportPosterior:
         """Return the posterior after no example: the mean of the members."""
-        return _begin(self, num_members)
+        return SupportPosterior(self, num_members)
 
     def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:
         """Return the posterior mode."""
@@ -128,9 +128,8 @@ class HeadMAP:
 
     def begin(self, num_members: int) -> SupportPosterior:
         """Return the posterior after no example: the single model."""
-        if not 0 <= self.pooled < num_members:
-            raise ConfigError(f"pooled must name one of {num_members} members, found {self.pooled}")
-        return _begin(self, num_members)
+        check_pooled(self.pooled, num_members)
+        return SupportPosterior(self, num_members)
 
     def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:
         """Return the posterior mode."""
@@ -167,7 +166,7 @@ class HyReThenMAP:
 
     def begin(self, num_members: int) -> SupportPosterior:
         """Return the posterior after no example: HyRe's prior."""
-        return _begin(self, num_members)
+        return SupportPosterior(self, num_members)
 
     def fit(self, support: Support | None, num_members: int) -> tuple[Combination, dict[str, float]]:
         """Return the mode around HyRe's function."""
@@ -295,10 +294,6 @@ def gaussian_users(
     counts = np.ones(labels.shape) if mask is None else np.asarray(mask, np.float64)
     coefficients, vectors, _, _ = method.process(members.shape[2]).solve(members, labels, counts, features)
     return coefficients, vectors
-
-
-def _begin(method: GaussianHeads | RidgeCombination | HeadMAP | HyReThenMAP, num_members: int) -> SupportPosterior:
-    return SupportPosterior(method, num_members)
 
 
 def _fit(process: GaussianProcess, support: Support | None) -> tuple[Combination, dict[str, float]]:

@@ -16,11 +16,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from steelyard.adapt.base import Floats, Support
-from steelyard.adapt.choose import Auto, search
+from steelyard.adapt.choose import search
 from steelyard.adapt.finetune import EQUAL, WIDE
 from steelyard.adapt.losses import BradleyTerry, MemberLoss, ZeroOne, sigmoid
 from steelyard.adapt.population import GaussianHeads, HeadMAP, RidgeCombination, gaussian_users
-from steelyard.adapt.reweight import HyRe, reweight_users
+from steelyard.adapt.reweight import reweight_users
 from steelyard.adapt.simplex import SimplexMAP
 from steelyard.errors import NonFiniteError
 from steelyard.recipes.hyre_heads import Seen
@@ -277,15 +277,11 @@ def choose(way: Way, validation: Seen, n: int) -> tuple[dict[str, Any], tuple[st
     return dict(found.settings), edges
 
 
-def ways_without_training() -> list[Way]:
-    """Return HyRe with both losses."""
-    return [Reweighting(), Reweighting("HyRe, 0-1 loss", ZeroOne())]
-
-
 def all_ways() -> list[Way]:
     """Return every way that needs nothing but a linear head set, but those that build on others' settings."""
     return [
-        *ways_without_training(),
+        Reweighting(),
+        Reweighting("HyRe, 0-1 loss", ZeroOne()),
         Gaussian("Gaussian over heads", GaussianHeads, GAUSSIAN),
         Gaussian("head MAP", HeadMAP, {"variance": VARIANCES}),
         Gaussian("ridge combination", RidgeCombination, {"weight": RIDGE}),
@@ -297,19 +293,3 @@ def all_ways() -> list[Way]:
 def simplex() -> Way:
     """Return the best weighted mean."""
     return OneByOne("simplex MAP", lambda n, eta: SimplexMAP(eta), {"eta": SIMPLEX_ETAS})
-
-
-def automatic(settings: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Way:
-    """Return the choice among Gaussian over heads, HyRe and head MAP by leave-one-out, with settings chosen before."""
-
-    def family(n: int) -> Auto:
-        chosen = {name: by_n[n] for name, by_n in settings.items()}
-        return Auto(
-            (
-                GaussianHeads(**chosen["Gaussian over heads"]),
-                HyRe(**chosen["HyRe"]),
-                HeadMAP(**chosen["head MAP"]),
-            )
-        )
-
-    return OneByOne("auto", family, {}, 1)

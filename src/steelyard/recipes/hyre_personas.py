@@ -32,13 +32,12 @@ from steelyard.nets.ensemble import HeadsConfig
 from steelyard.recipes.hyre_adapting import Reweighting, ThenMAP, all_ways, best_head, choose, simplex, still
 from steelyard.recipes.hyre_heads import HeadSpec, Seen, Training, see, train_heads
 from steelyard.recipes.hyre_jobs import Row, begin, carry_out
-from steelyard.recipes.hyre_personas_page import findings, sections
+from steelyard.recipes.hyre_personas_page import MAIN, findings, sections
 from steelyard.recipes.hyre_population import Population, load_users, make_split
 from steelyard.recipes.preference_findings import Finding
 from steelyard.report.page import Section
 from steelyard.rng import numpy_generator
 
-MAIN = "user heads, pooled"
 USERS = "users.safetensors"
 QUERIES: tuple[How, ...] = ("random", "entropy", "variance", "bald", "joint_bald")
 ASKED = 5
