@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from steelyard.adapt.base import Support
-from steelyard.adapt.finetune import WIDE, FineTuneHead, fine_tune_network
+from steelyard.adapt.finetune import WIDE, FineTuneHead, NetworkUsers, fine_tune_network, fine_tune_users
 from steelyard.adapt.losses import Likelihood
-from steelyard.data.labelled import LabelledData
+from steelyard.data.labelled import LabelledBatch, LabelledData
 from steelyard.errors import ConfigError, DataError, NonFiniteError
 from steelyard.nets.backbones import Features, Trunk
 from steelyard.nets.ensemble import HeadsConfig
@@ -42,6 +42,21 @@ def test_it_is_gradient_descent_on_the_features_weights(task):
         slope = support.counts[:, None] * likelihood.gradient(f, support.labels)
         vector = vector - 0.3 * slope.T @ support.features / support.counts.sum()
     np.testing.assert_allclose(adapted(FineTuneHead(7, 0.3, task=task), support).vector, vector, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_many_users_in_one_pass_equal_one_user_at_a_time(task):
+    rng = np.random.default_rng(1)
+    c = 3 if task == "classification" else 1
+    labels = {"preference": rng.random((4, 6)), "regression": rng.normal(size=(4, 6))}.get(task)
+    labels = rng.integers(0, c, (4, 6)) if labels is None else labels
+    start, features, counts = rng.normal(size=(4, 6, c)), rng.normal(size=(4, 6, 5)), rng.random((4, 6))
+    path = fine_tune_users(Likelihood(task), start, labels, features, 0.3, (1, 7), counts)
+    for steps, vectors in zip((1, 7), path, strict=True):
+        for user in range(4):
+            support = Support(start[user][:, None], labels[user], features[user], counts[user])
+            alone = adapted(FineTuneHead(steps, 0.3, task=task), support).vector
+            np.testing.assert_allclose(vectors[user], alone, rtol=1e-9, atol=1e-12)
 
 
 def test_what_cannot_be_is_refused():
@@ -111,6 +126,26 @@ def test_no_step_is_no_change_and_steps_repeat_themselves():
     assert not changed(state(learner), state(fine_tune_network(learner, batch, 0, 0.1)))
     one, other = (state(fine_tune_network(learner, batch, 5, 0.1)) for _ in range(2))
     assert not changed(one, other)
+
+
+def test_networks_of_many_users_equal_one_network_at_a_time():
+    learner, _ = learner_and_batch()
+    rng = np.random.default_rng(2)
+    first, second = (torch.from_numpy(rng.normal(size=(3, 5, 4)).astype(np.float32)) for _ in range(2))
+    labels = torch.from_numpy(rng.integers(0, 2, (3, 5)).astype(np.float32))
+    before, networks = state(learner), NetworkUsers(learner, 3)
+    for steps in networks.steps(LabelledBatch(first, labels, second), 0.03, (1, 8)):
+        outputs = networks.outputs(second, first)
+        for user in range(3):
+            own = LabelledBatch(first[user], labels[user], second[user])
+            tuned = fine_tune_network(learner, own, steps, 0.03)
+            mirrored = LabelledBatch(second[user], labels[user], first[user])
+            torch.testing.assert_close(outputs[user], tuned.members(mirrored)[:, 0], rtol=1e-4, atol=1e-5)
+    assert not changed(before, state(learner))
+    with pytest.raises(NonFiniteError, match="runs away"):
+        list(NetworkUsers(learner, 3).steps(LabelledBatch(first, labels, second), 1e30, (50,)))
+    with pytest.raises(ConfigError, match="pooled head"):
+        NetworkUsers(learner_and_batch(pooled=False)[0], 3)
 
 
 def test_weights_of_examples_count():

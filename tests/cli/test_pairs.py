@@ -120,7 +120,7 @@ def test_a_pool_of_other_settings_is_refused(tmp_path, data, sampler, changed, s
 
 def test_a_file_of_another_kind_is_never_appended_to(tmp_path, data, sampler):
     (tmp_path / "mine.jsonl").write_text('{"precious": 1}\n')
-    with pytest.raises(DataError, match=r"already exists and is no pool of this command"):
+    with pytest.raises(DataError, match=r"already exists and is no file of this command"):
         filled(tmp_path / "mine.jsonl", data, sampler)
     assert (tmp_path / "mine.jsonl").read_text() == '{"precious": 1}\n'
 

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from steelyard.adapt.base import Support
+from steelyard.adapt.choose import Auto
 from steelyard.adapt.finetune import FineTuneHead
 from steelyard.adapt.population import GaussianHeads, HeadMAP, HyReThenMAP
 from steelyard.adapt.reweight import HyRe
@@ -157,6 +158,15 @@ def test_head_sets_are_antisymmetric_standardised_and_reproducible(split, spec, 
     np.testing.assert_allclose(again, ours[:9], atol=1e-5)
 
 
+def test_members_without_standardisation_are_the_plain_logistic_heads(split):
+    heads = train_heads(HeadSpec("users"), split, TRAINING)
+    raw = see(heads, split.targets).of_members(slice(None), heads.scale)
+    differences = split.first.astype(np.float64) - split.second
+    pooled = logistic_head(differences, TRAINING.l2)
+    tests = split.targets.test_first.astype(np.float64) - split.targets.test_second
+    np.testing.assert_allclose(raw.test_members[..., 0], tests @ pooled, rtol=1e-6, atol=1e-9)
+
+
 def test_user_heads_know_their_own_user_best(split):
     margins, _ = train_heads(HeadSpec("users", heads=HeadsConfig(pooled=False)), split, TRAINING).sees(
         split.first, split.second
@@ -182,11 +192,21 @@ def by_hand(method, seen, n, user=2, draw=1):
     return combination.apply(seen.test_members[user][..., None], seen.test_features[user])[:, 0]
 
 
+BOTH = {
+    "Gaussian over heads": {5: {"heads_weight": 4.0, "feature_weight": 0.1}},
+    "HyRe": {5: {"eta": 2.0}},
+    "head MAP": {5: {"variance": 0.3}},
+}
+
+
 @pytest.mark.parametrize(
     ("way", "settings", "method"),
     [
         (ways.Reweighting(), {"eta": 2.0}, HyRe(eta=2.0)),
         (ways.Reweighting(mean=True), {"eta": 5.0}, HyRe(eta=1.0)),
+        (ways.Reweighting(mixes=(0.3,)), {"eta": 2.0, "mix": 0.3}, HyRe(eta=2.0, mix=0.3)),
+        (ways.Reweighting(priors=(0.4,)), {"eta": 2.0, "prior": 0.4}, HyRe(eta=2.0, prior=[0.4] + [0.05] * 12)),
+        (ways.auto(BOTH), {}, Auto((GaussianHeads(4.0, 0.1), HyRe(eta=2.0), HeadMAP(0.3)))),
         (
             ways.Gaussian("g", GaussianHeads, ways.GAUSSIAN),
             {"heads_weight": 4.0, "feature_weight": 0.1},
@@ -200,8 +220,8 @@ def by_hand(method, seen, n, user=2, draw=1):
     ids=lambda x: getattr(x, "name", ""),
 )
 def test_many_users_at_once_equal_one_by_one(seen, way, settings, method):
-    outputs = way.outputs(seen[1], 5, settings)
-    assert outputs.shape == (8, 3, 30)
+    outputs = way.outputs(seen[1].draws(2), 5, settings)
+    assert outputs.shape == (8, 2, 30)
     np.testing.assert_allclose(outputs[2, 1], by_hand(method, seen[1], 5), rtol=1e-6, atol=1e-8)
 
 
@@ -214,11 +234,11 @@ def test_one_pass_of_fine_tuning_leaves_every_number_of_steps(seen):
 
 def test_settings_are_chosen_by_accuracy_and_a_run_away_is_no_choice(seen):
     validation, _ = seen
-    settings, _ = ways.choose(ways.Reweighting(), validation, 5)
+    settings, _, accuracy = ways.choose(ways.Reweighting(), validation, 5)
     scores = {
         eta: validation.accuracy(ways.Reweighting().outputs(validation, 5, {"eta": eta})).mean() for eta in ways.ETAS
     }
-    assert scores[settings["eta"]] == max(scores.values())
+    assert scores[settings["eta"]] == accuracy == max(scores.values())
     wild = ways.FineTuning("f", {"steps": (1, 300), "learning_rate": (0.1, 1e308)})
     with pytest.raises(NonFiniteError, match="runs away"):
         wild.outputs(validation, 5, {"steps": 300, "learning_rate": 1e308})
@@ -229,14 +249,42 @@ def test_an_edge_of_the_grid_is_named_and_one_step_is_none(seen):
     narrow = ways.Reweighting(etas=(1e-6, 1e-5))
     assert ways.choose(narrow, seen[0], 5)[1] == ("eta",)
     few = ways.FineTuning("f", {"steps": (1, 2), "learning_rate": (1e-9,)})
-    assert ways.choose(few, seen[0], 5) == ({"steps": 1, "learning_rate": 1e-9}, ())
+    assert ways.choose(few, seen[0], 5)[:2] == ({"steps": 1, "learning_rate": 1e-9}, ())
 
 
-def test_both_signs_mirror_everything(seen):
-    _, targets = seen
-    both = targets.both_signs()
+def test_one_eta_for_every_n_is_the_best_on_their_mean(seen):
+    validation, _ = seen
+    for way in (ways.Reweighting(), ways.Reweighting(mean=True)):
+        scores = {
+            eta: np.mean([validation.accuracy(way.outputs(validation, n, {"eta": eta})).mean() for n in (1, 10)])
+            for eta in ways.ETAS
+        }
+        choice = ways.choose(way, validation, 1, 10)
+        assert scores[choice.settings["eta"]] == choice.accuracy == max(scores.values())
+    # with one eta the sum trusts more labels more, and the mean does not
+    total, mean = (ways.Reweighting(mean=mean).weights(validation, 10, 2.0) for mean in (False, True))
+    assert (total.max(2) >= mean.max(2) - 1e-12).all()
+    assert total.max(2).mean() > mean.max(2).mean() + 0.05
+
+
+def test_rows_hold_what_was_chosen_and_how_targets_fare(seen):
+    trials = ways.Trials({"split": 0}, *seen)
+    trials.tune(ways.Reweighting(), 2, 5)
+    (choice,) = (row["values"] for row in trials.rows if row["kind"] == "settings")
+    assert choice["n"] == 0
+    assert 0 < choice["validation"] <= 1
+    eta = float(choice["settings"].split()[1])
+    tested = seen[1].accuracy(ways.Reweighting().outputs(seen[1], 5, {"eta": eta})).mean(1)
+    rows = [row["values"]["accuracy"] for row in trials.rows if row["kind"] == "rows" and row["values"]["n"] == 5]
+    np.testing.assert_allclose(rows, tested)
+
+
+def test_both_signs_mirror_everything(split):
+    targets = split.targets
+    both = see(train_heads(HeadSpec("users"), split, TRAINING), targets.both_signs())
     users = len(targets.names)
     assert both.names[users:] == tuple(f"not {name}" for name in targets.names)
+    np.testing.assert_array_equal(both.labels[users:], 1 - targets.labels)
     np.testing.assert_allclose(ways.still(both, "single").mean(), 0.5)
     right = ways.still(both, "uniform")
     np.testing.assert_allclose(right[:users] + right[users:], 1)
@@ -257,7 +305,7 @@ def test_five_labels_help_users_of_a_minority(split):
     """The claim of the study in small: users take sides, and re-weighting finds which."""
     other = split.with_conflict(0.3)
     heads = train_heads(HeadSpec("users"), other, TRAINING)
-    validation, targets = (see(heads, users).both_signs() for users in (other.validation, other.targets))
-    settings, _ = ways.choose(ways.Reweighting(), validation, 10)
+    validation, targets = (see(heads, users.both_signs()) for users in (other.validation, other.targets))
+    settings, *_ = ways.choose(ways.Reweighting(), validation, 10)
     accuracy = targets.accuracy(ways.Reweighting().outputs(targets, 10, settings)).mean()
     assert accuracy > ways.still(targets, "single").mean() + 0.1

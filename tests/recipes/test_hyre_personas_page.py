@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from steelyard.recipes.hyre_personas_page import findings, rank_correlation, sections
+from steelyard.recipes.hyre_ablations import rank_correlation
+from steelyard.recipes.hyre_personas_page import findings, sections
 from steelyard.recipes.hyre_population import Population
 
 pytest.importorskip("matplotlib")

@@ -195,7 +195,12 @@ class Backend(Protocol):
 
     What a sample is depends on (seed, prompt, sample number, temperature) only: not on which others are drawn beside
     it, in which wave, or which of them are given up.
+
+    Attributes:
+        max_new_tokens: tokens of the longest sample it can draw.
     """
+
+    max_new_tokens: int
 
     def draw(self, requests: Sequence[Request], checkpoints: Sequence[int], keep: Keep | None) -> list[Draw]:
         """Draw a wave.

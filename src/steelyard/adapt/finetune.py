@@ -7,15 +7,16 @@ What re-weighting has to beat. How well they do is a matter of tuning, so every 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
-from steelyard.adapt.base import Combination, Support, SupportPosterior, Task, check_pooled
+from steelyard.adapt.base import Combination, Floats, Support, SupportPosterior, Task, check_pooled
 from steelyard.adapt.losses import Likelihood
 from steelyard.data.experience import ExperienceBatch
 from steelyard.data.labelled import LabelledBatch
@@ -86,20 +87,57 @@ class FineTuneHead:
             raise DataError("fine-tuning a head needs the examples' features, and none were given")
         likelihood = Likelihood(self.task, self.noise)
         likelihood.check(support.members.shape[2], support.labels)
-        kernel = support.features @ support.features.T
-        start = support.members[:, self.pooled]
-        shares = support.counts / (support.counts.sum() or 1.0)
-        change = np.zeros_like(start)
-        outputs = start
+        start, counts = support.members[:, self.pooled], support.counts
+        path = fine_tune_users(
+            likelihood, start[None], support.labels[None], support.features[None], self.learning_rate, (self.steps,),
+            counts[None],
+        )  # fmt: skip
+        vector = next(path)[0]
+        losses = likelihood.value(start + support.features @ vector.T, support.labels)
+        return Combination(single, vector), {"loss": float(counts @ losses / (counts.sum() or 1.0))}
+
+
+def fine_tune_users(
+    likelihood: Likelihood,
+    start: Floats,
+    labels: Floats,
+    features: Floats,
+    learning_rate: float,
+    steps: Sequence[int],
+    counts: Floats | None = None,
+) -> Iterator[Floats]:
+    """Yield how far full-batch gradient descent moves the linear head of each of U users, [U, C, D], every user alone.
+
+    The change is a combination of the examples' features, so steps are taken on its N C coefficients; one pass leaves
+    the result of every number of steps.
+
+    Args:
+        likelihood: of labels; its mean over the examples is descended.
+        start: [U, N, C], what the head says before.
+        labels: [U, N].
+        features: [U, N, D].
+        learning_rate: of a step.
+        steps: increasing numbers of steps.
+        counts: [U, N], how much each example counts; all 1 where None.
+
+    Raises:
+        NonFiniteError: the steps are too long and a head runs away.
+    """
+    counts = np.ones_like(labels) if counts is None else counts
+    total = counts.sum(1, keepdims=True)
+    rates = learning_rate * (counts / np.where(total == 0, 1.0, total))[..., None]
+    kernel = features @ features.transpose(0, 2, 1)
+    change, outputs = np.zeros_like(start), start
+    for step in range(1, steps[-1] + 1):
         with np.errstate(over="ignore", invalid="ignore"):
-            for _ in range(self.steps):
-                change = change - self.learning_rate * shares[:, None] * likelihood.gradient(outputs, support.labels)
-                outputs = start + kernel @ change
-            vector = change.T @ support.features
-        if not (np.isfinite(vector).all() and np.isfinite(outputs).all()):
-            raise NonFiniteError(f"fine-tuning with a learning rate of {self.learning_rate:g} runs away")
-        loss = float(shares @ likelihood.value(outputs, support.labels))
-        return Combination(single, vector), {"loss": loss}
+            change = change - rates * likelihood.gradient(outputs, labels)
+            outputs = start + kernel @ change
+        if step in steps:
+            with np.errstate(over="ignore", invalid="ignore"):
+                vectors = change.transpose(0, 2, 1) @ features
+            if not (np.isfinite(vectors).all() and np.isfinite(outputs).all()):
+                raise NonFiniteError(f"fine-tuning with a learning rate of {learning_rate:g} runs away")
+            yield vectors
 
 
 def fine_tune_network(
@@ -160,3 +198,68 @@ def _parameters(learner: HyRe, parts: Parts) -> list[nn.Parameter]:
     if not of_backbone:
         raise ConfigError("the backbone has nothing to train; fine-tune parts 'head'")
     return [*head, *of_backbone]
+
+
+class NetworkUsers:
+    """The single model of a learner on a plain backbone, fine-tuned for U users at once; each user has its own copy.
+
+    As `fine_tune_network` with parts "all", user by user, but all copies take a step in one batched product.
+
+    Args:
+        learner: trained, with a pooled head; it stays as it is.
+        users: U.
+    """
+
+    def __init__(self, learner: HyRe, users: int) -> None:
+        if not learner.config.heads.pooled or learner.config.frozen or reads_completions(learner.backbone):
+            raise ConfigError(
+                "many users at once: fine-tuning needs a pooled head and a backbone of numbers, not frozen"
+            )
+        self.single = _Single(learner)
+        trained = {id(parameter) for parameter in _parameters(learner, "all")}
+        self.parameters = {
+            name: value.detach().expand(users, *value.shape).clone()
+            for name, value in self.single.named_parameters()
+            if id(value) in trained
+        }
+
+    def steps(self, batch: LabelledBatch, learning_rate: float, steps: Sequence[int]) -> Iterator[int]:
+        """Take Adam's steps on users' examples [U, N, ...]; yield each of the increasing numbers when it is reached.
+
+        Raises:
+            NonFiniteError: a copy runs away.
+        """
+        optimizer = torch.optim.Adam(list(self.parameters.values()), lr=learning_rate)
+        slope = vmap(grad(self._loss), in_dims=(0, 0, None if batch.other is None else 0, 0))
+        for step in range(1, steps[-1] + 1):
+            gradients = slope(self.parameters, batch.inputs, batch.other, batch.targets)
+            for name, value in self.parameters.items():
+                value.grad = gradients[name]
+            optimizer.step()
+            if step in steps:
+                if not all(bool(value.isfinite().all()) for value in self.parameters.values()):
+                    raise NonFiniteError(f"fine-tuning with a learning rate of {learning_rate:g} runs away")
+                yield step
+
+    @torch.no_grad()
+    def outputs(self, inputs: Tensor, other: Tensor | None = None) -> Tensor:
+        """Return what each user's copy says of its own examples [U, P, ...]: [U, P, C], margins for pairs."""
+        each = vmap(lambda own, *sides: functional_call(self.single, own, sides)[:, 0])
+        outputs: Tensor = each(self.parameters, inputs) if other is None else each(self.parameters, inputs, other)
+        return outputs
+
+    def _loss(self, own: dict[str, Tensor], inputs: Tensor, other: Tensor | None, targets: Tensor) -> Tensor:
+        members = functional_call(self.single, own, (inputs, other))
+        return self.single.learner.member_losses(members, targets)[:, 0].mean()
+
+
+class _Single(nn.Module):
+    """The members of a learner [P, H, C] as a function of its parameters and of inputs."""
+
+    def __init__(self, learner: HyRe) -> None:
+        super().__init__()
+        self.learner = learner
+
+    def forward(self, inputs: Tensor, other: Tensor | None = None) -> Tensor:
+        batch = LabelledBatch(inputs, inputs.new_zeros(len(inputs)), other)
+        return self.learner.examples(batch).members(self.learner.head.trained_only)

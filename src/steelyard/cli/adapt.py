@@ -27,9 +27,11 @@ from steelyard.workflows.ask import Session, read_candidates
 
 USAGE = """usage: steelyard adapt hyre DIR --labels FILE [--test FILE] [--profile OUT.json] [OPTIONS]
        steelyard adapt hyre DIR --ask --pool FILE --profile OUT.json [OPTIONS]
+       steelyard adapt best_of_n PROMPTS --model MODEL --out ANSWERS.jsonl [OPTIONS]
 
-Re-weight a trained head set (steelyard train hyre) by a few labels of one person, or ask for them.
-steelyard adapt hyre --help lists all options.
+hyre: re-weight a trained head set (steelyard train hyre) by a few labels of one person, or ask for them.
+best_of_n: answer prompts with as many samples as each needs (steelyard train self_eval).
+steelyard adapt hyre --help and steelyard adapt best_of_n --help list all options.
 """
 
 
@@ -80,8 +82,13 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    if argv[0] == "best_of_n":
+        from steelyard.cli.adapt_best_of_n import best_of_n
+
+        return best_of_n(argv[1:])
     if argv[0] != "hyre":
-        raise ConfigError(f"what is to be adapted? Expected 'hyre', found {argv[0]!r}; {near(argv[0], ['hyre'])}")
+        known = near(argv[0], ["hyre", "best_of_n"])
+        raise ConfigError(f"what is to be adapted? Expected 'hyre' or 'best_of_n', found {argv[0]!r}; {known}")
     args = tyro.cli(AdaptArguments, prog="steelyard adapt hyre", args=argv[1:])
     _check(args)
     runtime.prepare(runtime.RuntimeConfig())

@@ -1,4 +1,4 @@
-"""`steelyard data inspect | check | convert | generate | concentrability`: look at prior data, judge it, make some."""
+"""`steelyard data inspect | check | convert | generate | concentrability | pool`: look at data, judge it, make some."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ commands:
                           adroit_door, grid, atari)
   concentrability PATH    how unevenly the data constrain a policy (--policy RUN)
   pairs                   sample from a language model, score, pair, and write preference data
+  pool                    sample pools: build them, import them, describe them
 
 `steelyard data COMMAND --help` lists the options. Formats: {formats}
 """
@@ -143,7 +144,7 @@ def main(argv: list[str]) -> int:
     """
     commands: dict[str, Callable[[list[str]], int]] = {
         "inspect": inspect, "check": check, "convert": convert, "generate": generate,
-        "concentrability": _concentrability, "pairs": _pairs,
+        "concentrability": _concentrability, "pairs": _pairs, "pool": _pool,
     }  # fmt: skip
     if not argv or argv[0] not in commands:
         asked = bool(argv) and argv[0] in ("-h", "--help")
@@ -308,6 +309,12 @@ def _pairs(argv: list[str]) -> int:
     from steelyard.cli.pairs import pairs  # loads torch
 
     return pairs(argv)
+
+
+def _pool(argv: list[str]) -> int:
+    from steelyard.cli.sample_pool import pool  # loads torch
+
+    return pool(argv)
 
 
 def _point_maze() -> Generator:

@@ -17,7 +17,6 @@ from steelyard.data.preferences import Layout, read_text_data, tokenize
 from steelyard.data.tokenizer import Tokenizer
 from steelyard.envs.samplers import LanguageModelSampler, SamplingConfig
 from steelyard.envs.scorers import scorer_from_name
-from steelyard.rng import torch_generator
 from steelyard.workflows.pairs import Line, PairsConfig, make_pairs, prompts_only, require_target, summary
 
 
@@ -72,18 +71,11 @@ def pairs(argv: list[str]) -> int:
 
 def open_model(name: str, sampling: SamplingConfig, device: str) -> tuple[Any, Tokenizer, LanguageModelSampler]:
     """Return a language model by name, or the policy of a preference run, its tokenizer and its sampler."""
-    from steelyard.nets.lm import LanguageModelConfig, load_language_model
-    from steelyard.workflows.preference import is_preference_run, load_policy, tokenizer_of
+    from steelyard.workflows.preference import load_by_name, tokenizer_of
 
-    if is_preference_run(name) or (Path(name) / "pretrained").is_dir():
-        model = load_policy(name, device=device)[0].model
-    else:
-        generator = torch_generator(0, "initial weights", device=device)
-        model = load_language_model(LanguageModelConfig(name=name, reference="none"), generator)
-        for note in model.notes:
-            print(f"note: {note}", file=sys.stderr)
+    model = load_by_name(name, device)
     tokenizer = tokenizer_of(model)
-    return model, tokenizer, LanguageModelSampler(model.eval(), sampling, tokenizer.eos, tokenizer.pad)
+    return model, tokenizer, LanguageModelSampler(model, sampling, tokenizer.eos, tokenizer.pad)
 
 
 def table(lines: list[Line], title: str) -> Table:

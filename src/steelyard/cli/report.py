@@ -17,7 +17,7 @@ from steelyard.report import heads
 from steelyard.report.html import write_report
 from steelyard.report.numbers import summarize
 from steelyard.report.summary import terminal_table
-from steelyard.workflows.hyre import is_hyre_run
+from steelyard.workflows.common import kind_of_run
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def report(arguments: ReportArguments) -> None:
     if arguments.out is None and len(arguments.runs) > 1:
         raise ConfigError("several directories given: say where the report goes with --out DIR")
     paths = [path for given in arguments.runs for path in find_runs(given)]
-    if len(paths) == 1 and is_hyre_run(paths[0]):
+    if len(paths) == 1 and kind_of_run(paths[0]) == "hyre":
         heads.show(paths[0], arguments.out)
         return
     summary = summarize([read_run(path) for path in paths], arguments.reference)

@@ -1,4 +1,4 @@
-"""`steelyard serve reward DIR`: answer HTTP requests with a trained head set."""
+"""`steelyard serve reward DIR`: answer HTTP requests with a trained head set; `serve lm` is in `cli/serve_lm.py`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import tyro
 
 from steelyard import runtime
 from steelyard.errors import ConfigError, near, require
-from steelyard.serve.config import ServeConfig
+from steelyard.serve.config import LOCAL, ServeConfig
 
 USAGE = """usage: steelyard serve reward DIR [OPTIONS]
+       steelyard serve lm MODEL [OPTIONS]
 
-Answer HTTP requests: rewards for each user, from a trained head set and a few labels.
+Answer HTTP requests: rewards for each user, from a trained head set and a few labels (reward); answers of a language
+model in OpenAI's form, with as many samples as each needs (lm).
 
-`steelyard serve reward --help` lists the options.
+`steelyard serve reward --help` and `steelyard serve lm --help` list the options.
 """
-LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,13 @@ class ServeArguments:
 
 def main(argv: list[str]) -> int:
     """Run the command; it ends with SIGTERM or SIGINT (ctrl-C), with status 0."""
+    if argv and argv[0] == "lm":
+        from steelyard.cli.serve_lm import serve_lm
+
+        return serve_lm(argv[1:])
     if not argv or argv[0] != "reward":
         if argv and argv[0] not in ("-h", "--help"):
-            raise ConfigError(f"unknown service {argv[0]!r}; {near(argv[0], ['reward'])}")
+            raise ConfigError(f"unknown service {argv[0]!r}; {near(argv[0], ['reward', 'lm'])}")
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     arguments = tyro.cli(ServeArguments, prog="steelyard serve reward", args=argv[1:])

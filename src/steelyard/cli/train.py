@@ -38,15 +38,16 @@ def main(argv: list[str]) -> int:
         return 0
     directory, rest = arguments.take_option(argv, "--resume", None)
     if directory is not None:
-        if preference.is_preference_run(directory) or reward_model.is_reward_model_run(directory):
+        kind = kind_of_run(directory)
+        if kind in ("preference", "reward_model"):
             return train_preference.resume(directory, rest)
-        if hyre.is_hyre_run(directory):
+        if kind == "hyre":
             return train_hyre.resume(directory, rest)
         if rest:
             raise ConfigError(
                 f"--resume takes no other options (the run's config is in {directory}), found {rest[0]!r}"
             )
-        resume = language.resume if language.is_language_run(directory) else control.resume
+        resume = language.resume if kind == "sft" else control.resume
         return finish(*arguments.carry_out(lambda: resume(directory)))
     kind, rest = arguments.required_positional(argv, "the objective", "steelyard train OBJECTIVE --data PATH")
     if kind == "preference":

@@ -178,7 +178,7 @@ def resume(directory: str, rest: list[str]) -> int:
         _, rest = arguments.take_option(rest, option, None)
     if rest:
         raise ConfigError(f"--resume takes no other options (the run's config is in {directory}), found {rest[0]!r}")
-    if reward_model.is_reward_model_run(directory):
+    if kind_of_run(directory) == "reward_model":
         return finish(*arguments.carry_out(lambda: reward_model.resume(directory)))
     return finish(*arguments.carry_out(lambda: preference.resume(directory, trusted=typed)))
 

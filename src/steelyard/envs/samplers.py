@@ -352,6 +352,15 @@ def uniforms(seed: int, step: int, keys: Tensor, n: int, length: int) -> Tensor:
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
+def row_uniforms(seed: int, step: int, keys: Tensor, samples: Tensor, length: int) -> Tensor:
+    """Return float64 [R, length]: what `uniforms` gives sample `samples[r]` of key `keys[r]`."""
+    start = np.uint64(derive_seed(seed, "samples", step))
+    of_prompt = _mix(start + _GOLDEN * (keys.cpu().numpy().astype(np.uint64) + np.uint64(1)))
+    seeds = _mix(of_prompt + _GOLDEN * (samples.cpu().numpy().astype(np.uint64) + np.uint64(1)))
+    words = _mix(seeds[:, None] + _GOLDEN * np.arange(1, length + 1, dtype=np.uint64))
+    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
 def require_prompts(prompts: Tensor, n: int, keys: Tensor) -> None:
     """Check what a sampler was asked.
 

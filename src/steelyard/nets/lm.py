@@ -36,7 +36,7 @@ from steelyard.config import Config, require_positive
 from steelyard.data.experience import ExperienceBatch, Outputs
 from steelyard.data.text import ByteTokenizer
 from steelyard.data.tokenizer import ByteChat, Tokenizer, load_tokenizer, packaged_smollm2
-from steelyard.errors import ConfigError, DataError, require
+from steelyard.errors import ConfigError, require
 from steelyard.nets.completions import (
     Rows,
     head_entropies,
@@ -47,6 +47,8 @@ from steelyard.nets.completions import (
     spread,
 )
 from steelyard.nets.lm_layers import adapted_linear, grouped_attention
+from steelyard.nets.lm_reader import PlainReader, SlotForward, can_use_slots, require_slots
+from steelyard.nets.slots import SlotReader, require_room, right_padded
 
 Reference = Literal["adapter_off", "copy", "none"]
 RECORD = "steelyard_model.json"
@@ -113,6 +115,7 @@ class CausalLM(nn.Module):
 
     Attributes:
         shares_prompts: completions of one prompt may share its row.
+        head_is_plain: logits are a plain matrix times the last hidden state.
         notes: sentences about what was loaded that a user should read once.
     """
 
@@ -136,7 +139,7 @@ class CausalLM(nn.Module):
         self._reference: dict[str, Tensor] = {}
         if reference == "copy":
             self._reference = {name: p.detach().clone() for name, p in self._trained().items()}
-        self._plain_head = self._head_is_plain()
+        self.head_is_plain = self._head_is_plain()
         self.shares_prompts = config.share_prompts and self._can_share()
         self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
@@ -180,7 +183,7 @@ class CausalLM(nn.Module):
         rows = self._rows(batch)
         hidden = self._features(rows).flatten(0, 1)[rows.sources]
         weight, bias = self._head()
-        if self._plain_head:
+        if self.head_is_plain:
             cooled = hidden / temperature if temperature != 1 else hidden
             cooled_bias = None if bias is None else bias / temperature
             logps = head_logps(cooled, weight, rows.targets, cooled_bias)
@@ -323,13 +326,41 @@ class CausalLM(nn.Module):
     # sampling
 
     @torch.no_grad()
-    def reader(self, prompts: Tensor, prompt_mask: Tensor, n: int, max_new_tokens: int) -> CausalLMReader:
+    def reader(
+        self, prompts: Tensor, prompt_mask: Tensor, n: int, max_new_tokens: int, block: int | None = None
+    ) -> SlotReader | PlainReader:
         """Return a reader that has read every prompt, for n completions of each (`envs/samplers.py`).
+
+        Args:
+            prompts: int64 [P, L], padded on the left.
+            prompt_mask: float32 [P, L].
+            n: completions of a prompt.
+            max_new_tokens: longest completion.
+            block: rows of every pass (`nets/slots.py`); None: as many as there are.
 
         Raises:
             DataError: a prompt and its completion do not fit into the model's context.
         """
-        return CausalLMReader(self, prompts, prompt_mask, n, max_new_tokens)
+        require_room(int(prompt_lengths(prompt_mask).max()), max_new_tokens, self.context)
+        if not self.uses_slots:
+            return PlainReader(self, prompts, prompt_mask, n)
+        tokens, lengths = right_padded(prompts, prompt_mask)
+        read = SlotReader.of_prompts(self.slot_forward(), self.context, tokens, lengths, block)
+        return read if n == 1 else read.fork(torch.arange(len(read), device=tokens.device).repeat_interleave(n))
+
+    @functools.cached_property
+    def uses_slots(self) -> bool:
+        """Whether rows can be read through `nets/slots.py`, so that a reader can look aside and be forked."""
+        return can_use_slots(self)
+
+    def slot_forward(self) -> SlotForward:
+        """Return what a `SlotReader` reads with: the present weights, adapters merged.
+
+        Raises:
+            ConfigError: the model cannot be read through slots.
+        """
+        require_slots(self)
+        return SlotForward(self)
 
     def merged_weights(self) -> dict[nn.Parameter, Tensor]:
         """Return {weight of an adapted layer: that weight with its adapter added}; empty without active adapters."""
@@ -395,56 +426,6 @@ class CausalLM(nn.Module):
         record = {"format": "steelyard-model-1", "tokenizer": kind, "base": self.base, "merged": merged}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         return folder
-
-
-class CausalLMReader:
-    """A language model in the middle of reading rows of tokens, each token once, through a key-value cache.
-
-    Attributes:
-        logits: [R, V] of the token that follows what has been read.
-    """
-
-    def __init__(self, model: CausalLM, prompts: Tensor, mask: Tensor, n: int, max_new_tokens: int) -> None:
-        lengths = prompt_lengths(mask)
-        longest = int(lengths.max())
-        context = model.context
-        if context is not None and longest + max_new_tokens > context:
-            raise DataError(
-                f"prompt of {longest} tokens and {max_new_tokens} new ones: expected at most {context} in all (the "
-                "model's context)"
-            )
-        self.model, self._weights = model, model.merged_weights()
-        tokens, mask = prompts[:, -longest:], mask[:, -longest:].long()
-        self._ragged = bool((lengths < longest).any())
-        self._cache = require("transformers", "lm").DynamicCache(config=model.network.config)
-        inputs: dict[str, Any] = {"input_ids": tokens}
-        if self._ragged:
-            inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        self.logits = self._forward(inputs).repeat_interleave(n, 0)
-        self._cache.batch_repeat_interleave(n)
-        self._mask, self._lengths = mask.repeat_interleave(n, 0), lengths.repeat_interleave(n, 0)
-
-    @torch.no_grad()
-    def read(self, tokens: Tensor) -> None:
-        """Read one more token int64 [R] of every row."""
-        inputs: dict[str, Any] = {"input_ids": tokens[:, None]}
-        if self._ragged:
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
-            inputs |= {"attention_mask": self._mask, "position_ids": self._lengths[:, None]}
-            self._lengths = self._lengths + 1
-        self.logits = self._forward(inputs)
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these (int64)."""
-        self._cache.batch_select_indices(rows)
-        self.logits, self._mask, self._lengths = self.logits[rows], self._mask[rows], self._lengths[rows]
-
-    def _forward(self, inputs: dict[str, Any]) -> Tensor:
-        with self.model.with_weights(self._weights):
-            found: Tensor = self.model.network(
-                **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]
-        return found
 
 
 def load_language_model(config: LanguageModelConfig, generator: torch.Generator) -> CausalLM:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from steelyard.data.experience import ExperienceBatch, Outputs
-from steelyard.errors import ConfigError, DataError
-from steelyard.nets.completions import head_entropies, head_logps, plain_rows, prompt_lengths, spread
-from steelyard.nets.transformer import KeyValueCache, Transformer, TransformerConfig
+from steelyard.errors import ConfigError
+from steelyard.nets.completions import head_entropies, head_logps, plain_rows, spread
+from steelyard.nets.slots import SlotReader, SlotView, require_room, right_padded
+from steelyard.nets.transformer import Block, Transformer, TransformerConfig
 
 
 class TinyLM(nn.Module):
@@ -102,13 +105,29 @@ class TinyLM(nn.Module):
         return dict(self.reference.state_dict())
 
     @torch.no_grad()
-    def reader(self, prompts: Tensor, prompt_mask: Tensor, n: int, max_new_tokens: int) -> TinyReader:
+    def reader(
+        self, prompts: Tensor, prompt_mask: Tensor, n: int, max_new_tokens: int, block: int | None = None
+    ) -> SlotReader:
         """Return a reader that has read every prompt, for n completions of each (`envs/samplers.py`).
+
+        Args:
+            prompts: int64 [P, L], padded on the left.
+            prompt_mask: float32 [P, L].
+            n: completions of a prompt.
+            max_new_tokens: longest completion.
+            block: rows of every pass (`nets/slots.py`); None: as many as there are.
 
         Raises:
             DataError: a prompt and its completion do not fit into the context.
         """
-        return TinyReader(self.transformer, prompts, prompt_mask, n, max_new_tokens)
+        tokens, lengths = right_padded(prompts, prompt_mask)
+        require_room(tokens.shape[1], max_new_tokens, self.context)
+        read = SlotReader.of_prompts(self.slot_forward(), self.context, tokens, lengths, block)
+        return read if n == 1 else read.fork(torch.arange(len(read), device=tokens.device).repeat_interleave(n))
+
+    def slot_forward(self) -> SlotForward:
+        """Return what a `SlotReader` reads with."""
+        return SlotForward(self.transformer)
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -129,58 +148,37 @@ class TinyLM(nn.Module):
         return groups if self.value_head is None else groups | {"value": (self.value_head,)}
 
 
-class TinyReader:
-    """A transformer in the middle of reading rows of tokens; rows whose prompts are of one length go together.
+class SlotForward:
+    """One pass of a transformer over slots, each row at its own position."""
 
-    Attributes:
-        logits: [R, V] of the token that follows what has been read.
-    """
-
-    def __init__(self, transformer: Transformer, prompts: Tensor, mask: Tensor, n: int, max_new_tokens: int) -> None:
+    def __init__(self, transformer: Transformer) -> None:
         self.transformer = transformer
-        lengths = prompt_lengths(mask)
-        context, longest = transformer.config.context, int(lengths.max())
-        if longest + max_new_tokens > context:
-            raise DataError(
-                f"prompt of {longest} tokens and {max_new_tokens} new ones: expected at most {context} in all (the "
-                "model's context)"
-            )
-        self.logits = prompts.new_empty(
-            len(prompts) * n, transformer.config.vocab_size, dtype=transformer.token_embedding.dtype
-        )
-        self._parts: list[tuple[Tensor, KeyValueCache]] = []
-        for length in sorted(set(lengths.tolist())):
-            group = (lengths == length).nonzero()[:, 0]
-            cache = KeyValueCache(transformer.config, len(group), prompts.device)
-            cache.keys, cache.values = cache.keys.to(self.logits.dtype), cache.values.to(self.logits.dtype)
-            logits = self._read(prompts[group, -length:], cache)
-            rows = (group[:, None] * n + torch.arange(n, device=group.device)).flatten()
-            self.logits[rows] = logits.repeat_interleave(n, 0)
-            cache.keys = cache.keys.repeat_interleave(n, 1)
-            cache.values = cache.values.repeat_interleave(n, 1)
-            self._parts.append((rows, cache))
 
-    @torch.no_grad()
-    def read(self, tokens: Tensor) -> None:
-        """Read one more token int64 [R] of every row."""
-        for rows, cache in self._parts:
-            self.logits[rows] = self._read(tokens[rows, None], cache)
+    def __call__(self, tokens: Tensor, slots: SlotView, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (logits [R, V], states [R, W]) after the token number `last` of each row."""
+        transformer, positions = self.transformer, slots.positions
+        # idle columns of a padded prompt may lie behind the context; nothing is read from them
+        places = transformer.position_embedding[positions.clamp(max=transformer.config.context - 1)]
+        x = functional.embedding(tokens, transformer.token_embedding) + places
+        hidden = ~slots.visible()
+        for block in transformer.blocks:
+            assert isinstance(block, Block)
+            x = _block(block, x, hidden, slots)
+        states = transformer.final_norm(x[torch.arange(len(x), device=x.device), last])
+        return states @ transformer.token_embedding.T, states
 
-    def _read(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        return self.transformer.features(tokens, cache)[:, -1] @ self.transformer.token_embedding.T
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these (int64)."""
-        number = torch.full((len(self.logits),), -1, device=rows.device)
-        number[rows] = torch.arange(len(rows), device=rows.device)
-        parts = []
-        for old, cache in self._parts:
-            kept = (number[old] >= 0).nonzero()[:, 0]
-            if len(kept):
-                cache.keys, cache.values = cache.keys[:, kept], cache.values[:, kept]
-                parts.append((number[old[kept]], cache))
-        self._parts = parts
-        self.logits = self.logits[rows]
+def _block(block: Block, x: Tensor, hidden: Tensor, slots: SlotView) -> Tensor:
+    """Return what `Block.forward` does, with keys and values in slots."""
+    rows, length, width = x.shape
+    split = block.query_key_value(block.attention_norm(x)).view(rows, length, 3, block.heads, width // block.heads)
+    query, key, value = split.permute(2, 0, 3, 1, 4)
+    key, value = slots.write(block.layer, key, value)
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+    x = x + block.attention_out((weights @ value).transpose(1, 2).reshape(rows, length, width))
+    added: Tensor = block.mlp_out(functional.gelu(block.mlp_in(block.mlp_norm(x)), approximate="tanh"))
+    return x + added
 
 
 def _hidden(transformer: Transformer, batch: ExperienceBatch) -> tuple[Tensor, Tensor]:

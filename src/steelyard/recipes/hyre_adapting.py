@@ -10,20 +10,21 @@ Shapes as in `hyre_heads.Seen`: T users, R draws, N adaptation pairs, P test pai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from steelyard.adapt.base import Floats, Support
-from steelyard.adapt.choose import search
-from steelyard.adapt.finetune import EQUAL, WIDE
-from steelyard.adapt.losses import BradleyTerry, MemberLoss, ZeroOne, sigmoid
+from steelyard.adapt.choose import Auto, Found, search
+from steelyard.adapt.finetune import EQUAL, WIDE, fine_tune_users
+from steelyard.adapt.losses import BradleyTerry, Likelihood, MemberLoss, ZeroOne
 from steelyard.adapt.population import GaussianHeads, HeadMAP, RidgeCombination, gaussian_users
-from steelyard.adapt.reweight import reweight_users
+from steelyard.adapt.reweight import HyRe, reweight_users
 from steelyard.adapt.simplex import SimplexMAP
 from steelyard.errors import NonFiniteError
 from steelyard.recipes.hyre_heads import Seen
+from steelyard.recipes.hyre_jobs import Row
 
 ETAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
 """1000 leaves the best member alone after one label."""
@@ -78,30 +79,36 @@ class Reweighting:
         name: on the page.
         loss: of members.
         mean: weights from the mean loss instead of the sum.
-        grid: of eta.
+        etas: grid of eta.
+        mixes: grid of the share of the uniform mean in the weights; 0 where empty.
+        priors: grid of the prior weight of member 0; uniform where empty.
     """
 
     name: str = "HyRe"
     loss: MemberLoss = BradleyTerry()  # noqa: RUF009 - frozen
     mean: bool = False
     etas: tuple[float, ...] = ETAS
+    mixes: tuple[float, ...] = ()
+    priors: tuple[float, ...] = ()
     most_draws: int | None = None
 
     @property
     def grid(self) -> Grid:
-        """Of eta."""
-        return {"eta": self.etas}
+        """Of eta, and of what else is chosen."""
+        return {"eta": self.etas} | {name: grid for name, grid in (("mix", self.mixes), ("prior", self.priors)) if grid}
 
-    def weights(self, seen: Seen, n: int, eta: float) -> Floats:
+    def weights(self, seen: Seen, n: int, eta: float, mix: float = 0.0, prior: float | None = None) -> Floats:
         """Return w [T, R, H]."""
         users, draws, _, heads = seen.members.shape
         members, labels = seen.members[:, :, :n], seen.labels[:, :, :n]
         losses = self.loss(members.reshape(-1, heads, 1), labels.reshape(-1)).reshape(users * draws, n, heads)
-        return reweight_users(losses, eta=eta / n if self.mean else eta).reshape(users, draws, heads)
+        log_prior = None if prior is None else np.log([prior, *[(1 - prior) / (heads - 1)] * (heads - 1)])
+        weights = reweight_users(losses, eta=eta / n if self.mean else eta, log_prior=log_prior)
+        return ((1 - mix) * weights + mix / heads).reshape(users, draws, heads)
 
     def outputs(self, seen: Seen, n: int, settings: Mapping[str, Any]) -> Floats:
         """Return f_w."""
-        return mixed(seen, self.weights(seen, n, settings["eta"]))
+        return mixed(seen, self.weights(seen, n, **settings))
 
 
 @dataclass(frozen=True)
@@ -174,11 +181,7 @@ class ThenMAP:
 
 @dataclass
 class FineTuning:
-    """Gradient descent on the pooled linear head (`adapt.finetune.FineTuneHead`), all users in one call.
-
-    The change is a combination of the examples' features, so steps are taken on its n coefficients; one pass leaves
-    the result of every number of steps.
-    """
+    """Gradient descent on the pooled linear head, all users in one call (`adapt.finetune.fine_tune_users`)."""
 
     name: str
     grid: Grid
@@ -192,21 +195,15 @@ class FineTuning:
         """Yield the outputs after each of the increasing numbers of steps.
 
         Raises:
-            NonFiniteError: the head runs away.
+            NonFiniteError: a head runs away.
         """
-        features, labels = seen.features[:, :, :n], seen.labels[:, :, :n]
-        kernel = features @ features.transpose(0, 1, 3, 2)
-        start = seen.members[:, :, :n, 0]
-        change, outputs = np.zeros_like(start), start
-        with np.errstate(over="ignore", invalid="ignore"):
-            for step in range(1, steps[-1] + 1):
-                change = change + learning_rate / n * (labels - sigmoid(outputs))
-                outputs = start + (kernel @ change[..., None])[..., 0]
-                if step in steps:
-                    vectors = (change[:, :, None] @ features)[:, :, 0]
-                    if not np.isfinite(vectors).all():
-                        raise NonFiniteError(f"fine-tuning with a learning rate of {learning_rate:g} runs away")
-                    yield seen.test_members[:, None, :, 0] + vectors @ seen.test_features.transpose(0, 2, 1)
+        users, draws = seen.labels.shape[:2]
+        features, labels = (part[:, :, :n].reshape(users * draws, n, *part.shape[3:]) for part in
+                            (seen.features, seen.labels))  # fmt: skip
+        start = seen.members[:, :, :n, :1].reshape(users * draws, n, 1)
+        for vectors in fine_tune_users(Likelihood(), start, labels, features, learning_rate, steps):
+            change = vectors.reshape(users, draws, -1) @ seen.test_features.transpose(0, 2, 1)
+            yield seen.test_members[:, None, :, 0] + change
 
 
 @dataclass(frozen=True)
@@ -256,31 +253,61 @@ def best_head(seen: Seen) -> Floats:
     return np.asarray(seen.accuracy(seen.test_members.transpose(0, 2, 1)).max(1, keepdims=True))
 
 
-def choose(way: Way, validation: Seen, n: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the settings of the highest mean accuracy on validation users after n labels, and those at an edge."""
+class Choice(NamedTuple):
+    """What was chosen on validation users.
+
+    Attributes:
+        settings: by name.
+        edges: settings that lie at an edge of their grid.
+        accuracy: mean over validation users with these settings; NaN where there was nothing to choose.
+    """
+
+    settings: dict[str, Any]
+    edges: tuple[str, ...]
+    accuracy: float
+
+
+def choose(way: Way, validation: Seen, *shots: int) -> Choice:
+    """Return the settings of the highest mean accuracy on validation users after n labels; of several n, their mean."""
     if not way.grid:
-        return {}, ()
+        return Choice({}, (), float("nan"))
     seen = validation if way.most_draws is None else validation.draws(way.most_draws)
     if isinstance(way, FineTuning):
-        table: dict[tuple[float, float], float] = {}
-        steps = sorted(int(step) for step in way.grid["steps"])
-        for rate in way.grid["learning_rate"]:
-            try:
-                for step, outputs in zip(steps, way.paths(seen, n, rate, steps), strict=True):
-                    table[step, rate] = float(seen.accuracy(outputs).mean())
-            except NonFiniteError:
-                continue
+        (n,) = shots
+        table = path_scores(way.grid, lambda rate, steps: way.paths(seen, n, rate, steps), seen.accuracy)
         found = search(way.grid, lambda steps, learning_rate: table.get((steps, learning_rate), -np.inf))
     else:
-        found = search(way.grid, lambda **settings: float(seen.accuracy(way.outputs(seen, n, settings)).mean()))
+        found = search(
+            way.grid,
+            lambda **settings: float(np.mean([seen.accuracy(way.outputs(seen, n, settings)).mean() for n in shots])),
+        )
+    return chosen(found)
+
+
+def path_scores(
+    grid: Grid, paths: Callable[[float, Sequence[int]], Iterator[Floats]], accuracy: Callable[[Floats], Floats]
+) -> dict[tuple[float, float], float]:
+    """Return the mean accuracy by (steps, learning rate), one pass for all steps of a rate; run-aways are left out."""
+    table: dict[tuple[float, float], float] = {}
+    steps = sorted(int(step) for step in grid["steps"])
+    for rate in grid["learning_rate"]:
+        try:
+            for step, outputs in zip(steps, paths(rate, steps), strict=True):
+                table[step, rate] = float(accuracy(outputs).mean())
+        except NonFiniteError:
+            continue
+    return table
+
+
+def chosen(found: Found) -> Choice:
+    """Return what a search found; a single step is no edge, for there are no fewer."""
     edges = tuple(name for name in found.edges if (name, found.settings[name]) != ("steps", 1))
-    return dict(found.settings), edges
+    return Choice(dict(found.settings), edges, max(score for _, score in found.table))
 
 
 def all_ways() -> list[Way]:
-    """Return every way that needs nothing but a linear head set, but those that build on others' settings."""
+    """Return HyRe's rivals that need nothing but a linear head set, but those that build on others' settings."""
     return [
-        Reweighting(),
         Reweighting("HyRe, 0-1 loss", ZeroOne()),
         Gaussian("Gaussian over heads", GaussianHeads, GAUSSIAN),
         Gaussian("head MAP", HeadMAP, {"variance": VARIANCES}),
@@ -293,3 +320,60 @@ def all_ways() -> list[Way]:
 def simplex() -> Way:
     """Return the best weighted mean."""
     return OneByOne("simplex MAP", lambda n, eta: SimplexMAP(eta), {"eta": SIMPLEX_ETAS})
+
+
+def auto(settings: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Way:
+    """Return the choice of a Gaussian over heads, HyRe or head MAP by the leave-one-out score of a user's labels.
+
+    Args:
+        settings: of the three by their names on the page, for every n, as they were chosen on validation users.
+    """
+
+    def family(n: int) -> Auto:
+        gaussian, hyre, around = (settings[name][n] for name in ("Gaussian over heads", "HyRe", "head MAP"))
+        return Auto((GaussianHeads(**gaussian), HyRe(eta=hyre["eta"]), HeadMAP(**around)))
+
+    return OneByOne("auto (leave one out)", family, {})
+
+
+@dataclass
+class Trials:
+    """Ways of adapting one head set, tried: settings chosen on some users, rows of how others fare.
+
+    Attributes:
+        common: split, world and heads of every row.
+        validation: users on whom settings are chosen.
+        targets: unseen users.
+        rows: so far, of kinds "rows" (one a method, n and target) and "settings".
+    """
+
+    common: Mapping[str, Any]
+    validation: Seen
+    targets: Seen
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, method: str, n: int, accuracy: Floats) -> None:
+        """Add the accuracies [T, R] of a method after n labels."""
+        for user, values in zip(self.targets.names, accuracy, strict=True):
+            row = {**self.common, "method": method, "n": n, "target": user, "accuracy": float(values.mean())}
+            self.rows.append({"kind": "rows", "values": row})
+
+    def add_choice(self, method: str, n: int, choice: Choice) -> None:
+        """Add what was chosen; n is 0 where it is for every n."""
+        text = ", ".join(f"{name} {value:g}" for name, value in choice.settings.items())
+        row = {"settings": text, "edges": " ".join(choice.edges), "validation": choice.accuracy}
+        self.rows.append({"kind": "settings", "values": {**self.common, "method": method, "n": n, **row}})
+
+    def test(self, way: Way, n: int, settings: Mapping[str, Any], name: str | None = None) -> None:
+        """Add how the targets fare."""
+        few = self.targets if way.most_draws is None else self.targets.draws(way.most_draws)
+        self.add(name or way.name, n, few.accuracy(way.outputs(few, n, settings)))
+
+    def tune(self, way: Way, *shots: int) -> dict[str, Any]:
+        """Choose settings, one for all of these n, and add how the targets fare with them. Return them."""
+        choice = choose(way, self.validation, *shots)
+        if way.grid:
+            self.add_choice(way.name, shots[0] if len(shots) == 1 else 0, choice)
+        for n in shots:
+            self.test(way, n, choice.settings)
+        return choice.settings

@@ -87,14 +87,19 @@ class TrainedHeads:
     Attributes:
         name: of its spec.
         sees: what it says of pairs.
-        num_members: H.
+        scale: [H], what the members were divided by to be standardised.
         learner: with a trunk; None without.
     """
 
     name: str
     sees: Sees
-    num_members: int
+    scale: Floats
     learner: HyRe | None = None
+
+    @property
+    def num_members(self) -> int:
+        """H."""
+        return len(self.scale)
 
 
 @dataclass(frozen=True)
@@ -118,16 +123,6 @@ class Seen:
     test_members: Floats
     test_features: Floats
     test_labels: Floats
-
-    def both_signs(self) -> Seen:
-        """Return every user and its opposite, who would answer everything the other way."""
-        both = {
-            name: np.concatenate([getattr(self, name)] * 2)
-            for name in ("members", "features", "test_members", "test_features")
-        }
-        names = (*self.names, *(f"not {name}" for name in self.names))
-        labels, test_labels = (np.concatenate([part, 1 - part]) for part in (self.labels, self.test_labels))
-        return Seen(names, labels=labels, test_labels=test_labels, **both)
 
     def draws(self, count: int) -> Seen:
         """Return it with the first draws only."""
@@ -197,17 +192,13 @@ def _on_features(spec: HeadSpec, split: Split, groups: Ints, training: Training)
         for group in range(spec.heads.num_heads):
             weights.append(logistic_head(differences[groups == group], training.l2)[None])
     weight = np.concatenate(weights)
-    return linear_heads(spec.name, weight / np.sqrt(((differences @ weight.T) ** 2).mean(0))[:, None])
-
-
-def linear_heads(name: str, weight: Floats) -> TrainedHeads:
-    """Return heads of standardised weights [H, D] on the features as they are."""
+    scale = np.sqrt(((differences @ weight.T) ** 2).mean(0))
 
     def sees(first: Side, second: Side) -> tuple[Floats, Floats]:
         differences = first.astype(np.float64) - second
-        return differences @ weight.T, differences
+        return differences @ weight.T / scale, differences
 
-    return TrainedHeads(name, sees, len(weight))
+    return TrainedHeads(spec.name, sees, scale)
 
 
 def _directions(config: HeadsConfig, differences: Floats, number: int) -> Floats:
@@ -248,7 +239,7 @@ def _on_trunk(spec: HeadSpec, split: Split, groups: Ints, training: Training) ->
         features = np.concatenate([part.features for part in parts if part.features is not None])
         return np.concatenate([part.members[:, :, 0] for part in parts]), features
 
-    return TrainedHeads(spec.name, sees, learner.head.num_members, learner)
+    return TrainedHeads(spec.name, sees, learner.head.scale.double().numpy(), learner)
 
 
 def logistic_head(differences: Floats, l2: float, tolerance: float = 1e-8) -> Floats:

@@ -10,7 +10,8 @@ Users are split into those whose pairs train the heads, those on whom every sett
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,22 @@ from steelyard.bench.rows import write_rows
 from steelyard.config import Config, require_range
 from steelyard.data.generated_tastes import generate_tastes
 from steelyard.data.pair_tasks import Taste
-from steelyard.nets.ensemble import HeadsConfig
-from steelyard.recipes.hyre_adapting import Reweighting, ThenMAP, all_ways, best_head, choose, simplex, still
+from steelyard.recipes import hyre_ablations
+from steelyard.recipes.hyre_adapting import Reweighting, ThenMAP, Trials, all_ways, auto, best_head, simplex, still
 from steelyard.recipes.hyre_heads import HeadSpec, Seen, Training, see, train_heads
 from steelyard.recipes.hyre_jobs import Row, begin, carry_out
-from steelyard.recipes.hyre_personas_page import MAIN, findings, sections
-from steelyard.recipes.hyre_population import Population, load_users, make_split
+from steelyard.recipes.hyre_networks import NETWORK, network_rows, network_table
+from steelyard.recipes.hyre_personas_page import (
+    HYRE,
+    MAIN,
+    ORACLE,
+    SINGLE,
+    UNIFORM,
+    Scores,
+    findings,
+    sections,
+)
+from steelyard.recipes.hyre_population import Population, Split, load_users, make_split
 from steelyard.recipes.preference_findings import Finding
 from steelyard.report.page import Section
 from steelyard.rng import numpy_generator
@@ -55,6 +66,14 @@ class PersonaStudy(Config):
     """Of training head sets with a trunk."""
     l2: float = 10.0
     """Penalty of heads that are solved exactly."""
+    head_counts: tuple[int, ...] = (10, 30, 100, 200)
+    """K: numbers of heads that are compared."""
+    head_set_splits: int = 3
+    """Splits on which head sets other than that of the claims are compared."""
+    network_splits: int = 1
+    """Splits on which a whole network is fine-tuned, which is slow."""
+    network_shots: tuple[int, ...] = (5, 20)
+    """n there."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -62,26 +81,14 @@ class PersonaStudy(Config):
         require_range(self, 0, 1e9, "l2")
 
 
-def head_sets() -> tuple[HeadSpec, ...]:
-    """Return the head sets that are compared; the first is the one of the claims."""
-    return (
-        HeadSpec(MAIN),
-        HeadSpec("user heads", heads=HeadsConfig(pooled=False)),
-        HeadSpec("cluster heads, pooled", sees="one cluster", heads=HeadsConfig(num_heads=50)),
-        HeadSpec("some users each, pooled", sees="some users"),
-        HeadSpec("some users each, 25 heads", sees="some users", heads=HeadsConfig(num_heads=25)),
-        HeadSpec("some users each, 10 heads", sees="some users", heads=HeadsConfig(num_heads=10)),
-        HeadSpec("+-PCA, pooled", heads=HeadsConfig(kind="pca", num_heads=64)),
-        HeadSpec("random directions, pooled", heads=HeadsConfig(kind="gaussian")),
-        HeadSpec("shared base", "trunk", "everything"),
-        HeadSpec("shared base, prior 1", "trunk", "everything", HeadsConfig(prior="mlp", prior_scale=1.0)),
-        HeadSpec("shared base, prior 5", "trunk", "everything", HeadsConfig(prior="mlp", prior_scale=5.0)),
-        HeadSpec("shared base, user heads", "trunk", "one user", HeadsConfig(init_scale=0.0)),
-    )
-
-
 PRESETS: dict[str, PersonaStudy] = {
-    "tiny": PersonaStudy(Population(splits=3, train=24, validation=8, targets=16, test_pairs=100, draws=3), epochs=8),
+    "tiny": PersonaStudy(
+        Population(splits=3, train=24, validation=8, targets=16, test_pairs=100, draws=3),
+        epochs=8,
+        head_counts=(10, 30),
+        network_splits=1,
+        network_shots=(5,),
+    ),
     "small": PersonaStudy(Population(source="personas")),
     "paper": PersonaStudy(Population(source="personas", splits=10, train=75, validation=20, targets=40, draws=20)),
 }
@@ -129,12 +136,14 @@ def run(config: PersonaStudy, out: Path, workers: int, console: Console) -> tupl
     begin(out, config)
     if config.population.source == "personas" and not (out / USERS).exists():
         _keep_users(load_users(config.population, console), out)
-    main, *others = head_sets()
-    jobs = [
-        PersonaJob(config, str(out), split, spec, conflict)
-        for split in range(config.population.splits)
-        for spec, conflict in [(main, False), (main, True), *((spec, False) for spec in others)]
+    main, *others = hyre_ablations.head_sets(config.head_counts)
+    splits = range(config.population.splits)
+    wanted = [
+        *((split, main, conflict) for split in splits for conflict in (False, True)),
+        *((split, spec, False) for split in splits[: config.head_set_splits] for spec in others),
+        *((split, NETWORK, conflict) for split in splits[: config.network_splits] for conflict in (False, True)),
     ]
+    jobs = [PersonaJob(config, str(out), split, spec, conflict) for split, spec, conflict in wanted]
     found = carry_out(jobs, work, out, "unseen users", workers)
     kinds = {
         kind: [row["values"] for row in found if row["kind"] == kind]
@@ -142,7 +151,12 @@ def run(config: PersonaStudy, out: Path, workers: int, console: Console) -> tupl
     }
     for kind, rows in kinds.items():
         write_rows(out / f"{kind}.csv", rows)
-    return sections(config.population, kinds), findings(kinds)
+    page = [*sections(config.population, kinds), *hyre_ablations.sections(kinds, config.head_counts)]
+    for place, world in enumerate(("agree", "conflict")):
+        table = network_table(Scores(kinds["rows"]), world, config.network_shots)
+        if table is not None:
+            page[place].table(table)
+    return page, findings(kinds)
 
 
 def _keep_users(tastes: list[Taste], out: Path) -> None:
@@ -162,66 +176,59 @@ def _users(config: PersonaStudy, out: Path, split: int) -> list[Taste]:
     return [Taste(name.split("/", 1)[1], arrays[f"{name}/features"], arrays[f"{name}/liked"]) for name in names]
 
 
+@functools.lru_cache(maxsize=1)
+def _split(config: PersonaStudy, out: str, number: int) -> Split:
+    """Return a split, and keep it: the next job of this process is most often of the same one."""
+    return make_split(_users(config, Path(out), number), config.population, number)
+
+
 def work(job: PersonaJob) -> list[Row]:
     """Train one head set, choose settings on validation users, and try the ways of adapting on unseen users."""
     config = job.config
-    split = make_split(_users(config, Path(job.out), job.split), config.population, job.split)
+    split = _split(config, job.out, job.split)
+    users = split.validation, split.targets
     if job.conflict:
-        split = split.with_conflict(config.conflict)
-    heads = train_heads(job.spec, split, Training(epochs=config.epochs, l2=config.l2))
-    validation, targets = see(heads, split.validation), see(heads, split.targets)
-    if job.conflict:
-        validation, targets = validation.both_signs(), targets.both_signs()
-    common = {"split": job.split, "world": "conflict" if job.conflict else "agree", "heads": job.spec.name}
-    result: list[Row] = []
-
-    def add(method: str, n: int, accuracy: Any) -> None:
-        for user, values in zip(targets.names, accuracy, strict=True):
-            row = {**common, "method": method, "n": n, "target": user, "accuracy": float(values.mean())}
-            result.append({"kind": "rows", "values": row})
-
+        split, users = split.with_conflict(config.conflict), (users[0].both_signs(), users[1].both_signs())
+    training = Training(epochs=config.epochs, l2=config.l2)
+    common = {"split": job.split, "world": "conflict" if job.conflict else "agree"}
+    if job.spec == NETWORK:
+        return network_rows(split, training, users, config.network_shots, common)
+    heads = train_heads(job.spec, split, training)
+    trials = Trials({**common, "heads": job.spec.name}, see(heads, users[0]), see(heads, users[1]))
     if job.spec.heads.pooled:
-        add("single model", 0, still(targets, "single"))
-    add("uniform mean", 0, still(targets, "uniform"))
-    add("best head (oracle)", 0, best_head(targets))
-    ways: list[Any] = [*all_ways(), simplex()] if job.spec.name == MAIN else [Reweighting()]
-    if job.spec.name == MAIN and not job.conflict:
-        ways.append(Reweighting("HyRe, mean loss", mean=True))
-    etas: dict[int, float] = {}
-    for way in ways:
-        for n in config.population.shots:
-            settings, edges = choose(way, validation, n)
-            if way.name == "HyRe":
-                etas[n] = float(settings["eta"])
-            add(way.name, n, _tested(way, targets, n, settings))
-            _add_setting(result, common, way.name, n, settings, edges)
-    for n in config.population.shots:
-        add("HyRe, eta 1", n, _tested(Reweighting(), targets, n, {"eta": 1.0}))
-    if job.spec.name == MAIN:
-        then = ThenMAP(etas)
-        for n in config.population.shots:
-            settings, edges = choose(then, validation, n)
-            add(then.name, n, _tested(then, targets, n, settings))
-            _add_setting(result, common, then.name, n, settings, edges)
-        if not job.conflict:
-            result += _queries(job, targets, etas)
-    if not job.conflict:
-        meter = measure(_groups(validation), "preference").to_dict()
-        result.append({"kind": "diversity", "values": {**common, **meter}})
-    return result
+        trials.add(SINGLE, 0, still(trials.targets, "single"))
+    found = _reweight(trials, config.population.shots)
+    if job.spec.name != MAIN:
+        return [*trials.rows, _meter(trials)]
+    shots = config.population.shots
+    settings = {HYRE: found} | {way.name: {n: trials.tune(way, n) for n in shots} for way in [*all_ways(), simplex()]}
+    etas = {n: float(found[n]["eta"]) for n in shots}
+    for way in (ThenMAP(etas), auto(settings)):
+        for n in shots:
+            trials.tune(way, n)
+    hyre_ablations.switch(trials, heads.scale, shots)
+    if job.conflict:
+        return trials.rows
+    rows = [*trials.rows, _meter(trials), *_queries(job, trials.targets, etas)]
+    for fewer in hyre_ablations.fewer_users(trials, config.head_counts):
+        _reweight(fewer, shots)
+        rows += [*fewer.rows, _meter(fewer)]
+    return rows
 
 
-def _tested(way: Any, seen: Seen, n: int, settings: Mapping[str, Any]) -> Any:
-    few = seen if way.most_draws is None else seen.draws(way.most_draws)
-    return few.accuracy(way.outputs(few, n, settings))
+def _reweight(trials: Trials, shots: Sequence[int]) -> dict[int, dict[str, float]]:
+    """Add what every head set has: its mean, its best head, HyRe. Return HyRe's settings for every n."""
+    trials.add(UNIFORM, 0, still(trials.targets, "uniform"))
+    trials.add(ORACLE, 0, best_head(trials.targets))
+    for n in shots:
+        trials.test(Reweighting(), n, {"eta": 1.0}, "HyRe, eta 1")
+    return {n: trials.tune(Reweighting(), n) for n in shots}
 
 
-def _add_setting(
-    result: list[Row], common: Row, method: str, n: int, settings: Mapping[str, Any], edges: tuple[str, ...]
-) -> None:
-    text = ", ".join(f"{name} {value:g}" for name, value in settings.items())
-    row = {**common, "method": method, "n": n, "settings": text, "edges": " ".join(edges)}
-    result.append({"kind": "settings", "values": row})
+def _meter(trials: Trials) -> Row:
+    """Return the diversity meter, read on validation users."""
+    numbers = measure(_groups(trials.validation), "preference").to_dict()
+    return {"kind": "diversity", "values": {**trials.common, **numbers}}
 
 
 def _groups(seen: Seen) -> list[Support]:

@@ -25,12 +25,12 @@ METHODS = (
     HYRE,
     "HyRe, 0-1 loss",
     "HyRe, eta 1",
-    "HyRe, mean loss",
     GAUSSIAN,
     "HyRe, then MAP",
     "head MAP",
     "ridge combination",
     "simplex MAP",
+    "auto (leave one out)",
     "fine-tune head (equal grid)",
     WIDE,
 )
@@ -57,15 +57,24 @@ class Scores:
 
     def difference(self, world: str, one: str, other: str, n: int) -> tuple[Floats, list[str]]:
         """Return paired differences in points, and the user that each is of (both signs of one are one cluster)."""
-        first, second = self.cells(world, one, n), self.cells(world, other, n)
-        keys = [key for key in first if key in second]
-        users = [target.removeprefix("not ") for _, target in keys]
-        return np.array([100 * (first[key] - second[key]) for key in keys]), users
+        return _paired(self.cells(world, one, n), self.cells(world, other, n))
 
 
 def estimate(values: Floats, users: Sequence[str]) -> Estimate:
     """Return the mean with an interval that resamples users."""
     return cluster_estimate(values, users, numpy_generator(0, "hyre/personas"))
+
+
+def difference_text(one: Mapping[Any, float], other: Mapping[Any, float]) -> str:
+    """Return how many points the cells of one lie above those of the other that they share, with the interval."""
+    values, users = _paired(one, other)
+    return estimate(values, users).text(1) if len(values) else ""
+
+
+def _paired(one: Mapping[Any, float], other: Mapping[Any, float]) -> tuple[Floats, list[str]]:
+    """Return paired differences in points, and the user that each is of (both signs of one are one cluster)."""
+    keys = [key for key in one if key in other]
+    return np.array([100 * (one[key] - other[key]) for key in keys]), [key[1].removeprefix("not ") for key in keys]
 
 
 def _words(values: Floats, users: Sequence[str]) -> str:
@@ -128,12 +137,10 @@ def findings(kinds: Kinds) -> list[Finding]:
             measured = "; ".join(f"n = {n}: {one.text(1)}" for n, one in parts.items())
             claim = f"Users {words}: a Gaussian over the same heads is at least as good as HyRe at every n >= 2"
             found.append(Finding(claim, verdict, measured, "not in the paper"))
-    for heads in ("shared base", "shared base, prior 1", "shared base, prior 5"):
-        first, second = (scores.cells("agree", method, SHOTS, heads) for method in (HYRE, UNIFORM))
-        if first:
-            values = np.array([100 * (first[key] - second[key]) for key in first])
-            users = [key[1] for key in first]
-            claim = f"{SHOTS} labels help the ensemble of the paper ({heads}, 100 linear heads)"
+    for heads in dict.fromkeys(str(row["heads"]) for row in kinds["rows"]):
+        if heads.startswith("shared base, ") and "user" not in heads:
+            values, users = _paired(*(scores.cells("agree", method, SHOTS, heads) for method in (HYRE, UNIFORM)))
+            claim = f"{SHOTS} labels help the ensemble of the paper ({heads}, linear, which all see everything)"
             found.append(Finding(claim, above(estimate(values, users)), _words(values, users), differs))
     found += _query_findings(kinds["queries"])
     return found
@@ -211,7 +218,7 @@ def sections(population: Population, kinds: Kinds) -> list[Section]:
         edges = [row for row in kinds["settings"] if row["world"] == world and row["heads"] == MAIN and row["edges"]]
         section.notes([f"{len(edges)} chosen settings lie at an edge of their grid (settings.csv names them)."])
         result.append(section)
-    return [*result, _queries(kinds["queries"]), _head_sets(scores, kinds["diversity"])]
+    return [*result, _queries(kinds["queries"])]
 
 
 def _worst(scores: Scores, world: str, method: str) -> float:
@@ -246,61 +253,6 @@ def _queries(rows: Sequence[Row]) -> Section:
             tuple((how, *(number(100 * float(means[how, n]), 1) for n in asked)) for how in hows),
         )
     )
-
-
-def _head_sets(scores: Scores, rows: Sequence[Row]) -> Section:
-    section = Section("E6: which head sets can be re-weighted")
-    names = list(dict.fromkeys(row["heads"] for row in rows))
-    table, predicted, realised = [], [], []
-    for name in names:
-        own = [row for row in rows if row["heads"] == name]
-        gain = 100 * float(np.mean([row["gain"] for row in own]))
-        real = 100 * (scores.mean("agree", HYRE, SHOTS, name) - scores.mean("agree", UNIFORM, SHOTS, name))
-        predicted.append(gain)
-        realised.append(real)
-        directions, disagreement = (float(np.mean([row[key] for row in own])) for key in ("directions", "disagreement"))
-        uniform, hyre = (100 * scores.mean("agree", method, SHOTS, name) for method in (UNIFORM, HYRE))
-        table.append(
-            (name, number(uniform, 1), number(hyre, 1), number(real, 1), number(gain, 1), number(directions, 1),
-             number(100 * disagreement, 1))
-        )  # fmt: skip
-    section.table(
-        Table(
-            "Head sets, users mostly agree",
-            "Accuracy in % with 5 labels and eta chosen on validation users. The meter (best head of a user minus "
-            "uniform, on validation users) is read before any label of an unseen user is spent.",
-            ("heads", "uniform", "HyRe-5", "gain", "meter", "directions", "disagreement %"),
-            tuple(table),
-        )
-    )
-    if len(names) > 2:
-        found = rank_correlation(np.array(predicted), np.array(realised))
-        frame = Frame(
-            "hyre_meter",
-            f"One dot a head set; rank correlation {found.text(2)} (bootstrap over head sets).",
-            "the meter: best head minus uniform, validation users (points)",
-            "gain of HyRe-5, unseen users (points)",
-            level=0,
-        )
-        section.figure(plots.scatter(names, predicted, realised, frame))
-        section.text(f"Rank correlation of meter and realised gain over {len(names)} head sets: {found.text(2)}.")
-    return section
-
-
-def rank_correlation(x: Floats, y: Floats, resamples: int = 2000) -> Estimate:
-    """Return Spearman's correlation with an interval that resamples pairs; resamples without spread are left out."""
-    generator, values = numpy_generator(0, "hyre/rank"), []
-    for _ in range(resamples):
-        rows = generator.integers(len(x), size=len(x))
-        if np.ptp(x[rows]) and np.ptp(y[rows]):
-            values.append(float(np.corrcoef(_ranks(x[rows]), _ranks(y[rows]))[0, 1]))
-    low, high = np.quantile(values, [0.025, 0.975])
-    return Estimate(float(np.corrcoef(_ranks(x), _ranks(y))[0, 1]), float(low), float(high), len(x))
-
-
-def _ranks(values: Floats) -> Floats:
-    """Return ranks from 0; equal values share the mean of theirs."""
-    return np.asarray((values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) - 1) / 2)
 
 
 def _differences(scores: Scores, world: str, names: Sequence[str]) -> plots.Picture:

@@ -89,6 +89,15 @@ class Users:
     test_second: npt.NDArray[np.float32]
     test_labels: Floats
 
+    def both_signs(self) -> Users:
+        """Return every user and its opposite, who would answer everything the other way."""
+        both = {
+            name: np.concatenate([getattr(self, name)] * 2) for name in ("first", "second", "test_first", "test_second")
+        }
+        names = (*self.names, *(f"not {name}" for name in self.names))
+        labels, test_labels = (np.concatenate([part, 1 - part]) for part in (self.labels, self.test_labels))
+        return Users(names, labels=labels, test_labels=test_labels, **both)
+
 
 @dataclass(frozen=True)
 class Split:

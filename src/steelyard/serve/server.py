@@ -8,14 +8,18 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steelyard.adapt.base import Floats
 from steelyard.adapt.head_set import HeadSet
 from steelyard.adapt.reweight import HyRe
 from steelyard.errors import ConfigError, require
 from steelyard.serve.app import build_app
-from steelyard.serve.config import ServeConfig
+from steelyard.serve.config import HttpConfig, ServeConfig
 from steelyard.serve.service import RewardService
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 KEEP_ALIVE_SECONDS = 30
 BACKLOG = 256
@@ -43,32 +47,48 @@ def serve(
         MissingExtraError: the extra `serve` is not installed.
     """
     require("fastapi", "serve")
-    uvicorn = require("uvicorn", "serve")
     token = read_token(config)
     with listen(config) as listening:
         service = RewardService(heads, config, method, rows)
-        options = uvicorn.Config(
-            build_app(service, token),
-            log_level="warning",
-            access_log=False,  # paths name users
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            lifespan="on",
-        )
-        if on_listening is not None:
-            port = listening.getsockname()[1]
-            host = f"[{config.host}]" if ":" in config.host else config.host
-            on_listening(f"http://{host}:{port}", service)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _stop)  # uvicorn takes them over, and raises them again when it has finished
-        uvicorn.Server(options).run(sockets=[listening])
+
+        def say(address: str) -> None:
+            if on_listening is not None:
+                on_listening(address, service)
+
+        run(build_app(service, token), config, listening, say)
+
+
+def run(app: FastAPI, config: HttpConfig, listening: socket.socket, say: Callable[[str], None]) -> None:
+    """Run an application until SIGTERM or SIGINT.
+
+    Args:
+        app: what answers.
+        config: of the socket.
+        listening: taken before anything slow was loaded, so that a port in use is said at once.
+        say: told the address, once requests are taken.
+    """
+    uvicorn = require("uvicorn", "serve")
+    options = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,  # paths name users
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        lifespan="on",
+    )
+    port = listening.getsockname()[1]
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    say(f"http://{host}:{port}")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)  # uvicorn takes them over, and raises them again when it has finished
+    uvicorn.Server(options).run(sockets=[listening])
 
 
 def _stop(*_: object) -> None:
     sys.exit(0)
 
 
-def listen(config: ServeConfig) -> socket.socket:
+def listen(config: HttpConfig) -> socket.socket:
     """Return a socket that listens; requests that arrive before the server runs wait in it."""
     listening = None
     try:
@@ -85,7 +105,7 @@ def listen(config: ServeConfig) -> socket.socket:
     return listening
 
 
-def read_token(config: ServeConfig) -> str | None:
+def read_token(config: HttpConfig) -> str | None:
     """Return the token that clients must send, if any."""
     token = config.token
     if config.token_file is not None:

@@ -47,6 +47,16 @@ def begin(run: RunDir, config: Any, case: Case, data_hash: str | None) -> None:
     run.write_json("config.json", to_json(config))  # last: a directory with a config.json holds a whole run
 
 
+def kind_of_run(path: str | Path) -> str | None:
+    """Return the kind of objective of a run directory, "preference" for any of those; None where there is no run."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text())
+    kind: str | None = "preference" if "experience" in found else found.get("objective", {}).get("kind")
+    return kind
+
+
 def read_run_config(run: RunDir, cls: type[ConfigT]) -> ConfigT:
     """Return the config of a run directory."""
     if not (run.path / "config.json").is_file():

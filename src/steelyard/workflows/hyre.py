@@ -127,12 +127,6 @@ class HyReRun(Config):
         return self.trained or (isinstance(self.backbone, LanguageModelConfig) and self.backbone.adapter is not None)
 
 
-def is_hyre_run(run_dir: str | Path) -> bool:
-    """Return whether a run directory holds a head set's run."""
-    file = Path(run_dir) / "config.json"
-    return file.is_file() and json.loads(file.read_text()).get("objective", {}).get("kind") == "hyre"
-
-
 def start(config: HyReRun, run_dir: str | Path, case: Case | None = None, quiet: bool = False) -> Path:
     """Begin a run in a new directory and carry it to its end. Return the directory.
 

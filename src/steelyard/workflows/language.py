@@ -58,15 +58,6 @@ class LanguageRun(Config):
         require_range(self, 0, math.inf, "evaluate_every")
 
 
-def is_language_run(run_dir: str | Path) -> bool:
-    """Return whether a run directory holds a run on text."""
-    file = Path(run_dir) / "config.json"
-    if not file.is_file():
-        return False
-    found = json.loads(file.read_text())
-    return bool(found.get("objective", {}).get("kind") == "sft")
-
-
 def start(config: LanguageRun, run_dir: str | Path, case: Case | None = None, quiet: bool = False) -> Path:
     """Begin a run in a new directory and carry it to its end. Return the directory."""
     run = RunDir(run_dir)

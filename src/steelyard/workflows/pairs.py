@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -140,27 +140,48 @@ def fill_pool(
     Raises:
         DataError: the pool was made by other settings.
     """
-    state = path.with_name(path.name + ".state.json")
     made_by = {**identity, "scorer": scorer.name, **config.of_pool()}
     total, size = len(data), config.batch_prompts
-    if path.exists() and not state.is_file():
-        raise DataError(f"{path}: already exists and is no pool of this command (no {state.name} beside it)")
-    if state.is_file():
-        _require_same(path, json.loads(state.read_text()), made_by)
-    else:
-        _write_whole(state, json.dumps(made_by, indent=2) + "\n")
-    done = _rewind(path, config.num_generations, size, total)
+    done = begin_rows(path, made_by, config.num_generations, size, total)
     n = config.num_generations
     with ProgressLine("completions", total * n, done * n, quiet) as line, path.open("ab") as file:
         for first in range(done, total, size):
             indices = np.arange(first, min(first + size, total))
             rows = _sampled(indices, data, sampler, scorer, config, device)
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            file.flush()
-            os.fsync(file.fileno())
+            append_rows(file, rows)
             scored = [row["reward"] for row in rows if row["reward"] is not None]
             note = f"reward {np.mean(scored):.3g}" if scored else "nothing scorable"
             line.advance_to((int(indices[-1]) + 1) * n, note)
+
+
+def begin_rows(path: Path, made_by: dict[str, Any], each: int, size: int, total: int) -> int:
+    """Begin a JSONL file of rows, or go on with one after its last whole batch; return how many prompts it holds.
+
+    Args:
+        path: of the file; what made it is kept beside it, in PATH.state.json.
+        made_by: settings that decide the rows; a file of others is refused.
+        each: rows of a prompt.
+        size: prompts of a batch.
+        total: prompts wanted.
+
+    Raises:
+        DataError: the file was made by other settings, or by something else.
+    """
+    state = path.with_name(path.name + ".state.json")
+    if path.exists() and not state.is_file():
+        raise DataError(f"{path}: already exists and is no file of this command (no {state.name} beside it)")
+    if state.is_file():
+        _require_same(path, json.loads(state.read_text()), made_by)
+    else:
+        _write_whole(state, json.dumps(made_by, indent=2) + "\n")
+    return _rewind(path, each, size, total)
+
+
+def append_rows(file: BinaryIO, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows to the end of a file and to the disk."""
+    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sampled(
@@ -194,7 +215,7 @@ def _sampled(
 
 def read_pool(path: Path, prompts: int | None = None) -> Pool:
     """Read a pool's first `prompts` prompts."""
-    rows = [row for row in _rows(path) if prompts is None or row["prompt_id"] < prompts]
+    rows = [row for row in json_rows(path) if prompts is None or row["prompt_id"] < prompts]
     return Pool(
         np.array([row["prompt_id"] for row in rows], np.int64),
         [row["prompt"] for row in rows],
@@ -282,7 +303,8 @@ def summary(pool: Pool, pairing: Pairing, config: PairsConfig) -> list[Line]:
     return lines
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSONL file."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -168,12 +168,6 @@ class PreferenceArtefact(Config):
     """Version of this layout."""
 
 
-def is_preference_run(run_dir: str | Path) -> bool:
-    """Return whether a run directory holds a preference run."""
-    file = Path(run_dir) / "config.json"
-    return file.is_file() and "experience" in json.loads(file.read_text())
-
-
 @distributed.launched
 def start(
     config: PreferenceRun,
@@ -396,6 +390,17 @@ def load_policy(
     weights = safetensors.torch.load_file(folder / "pretrained/model.safetensors")
     checkpoint.load_into(learner, weights, str(folder))
     return learner.eval(), artefact
+
+
+def load_by_name(name: str, device: str = "cpu") -> Any:
+    """Return a language model by name, or the policy of a preference run, to be sampled from; prints its notes."""
+    if kind_of_run(name) == "preference" or (Path(name) / "pretrained").is_dir():
+        return load_policy(name, device=device)[0].model.eval()
+    generator = torch_generator(0, "initial weights", device=device)
+    model = load_language_model(LanguageModelConfig(name=name, reference="none"), generator)
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return model.eval()
 
 
 def tokenizer_of(model: nn.Module) -> Tokenizer:

@@ -95,15 +95,6 @@ class PairSource:
         """Nothing to restore."""
 
 
-def is_reward_model_run(run_dir: str | Path) -> bool:
-    """Return whether a run directory holds a reward model's run."""
-    file = Path(run_dir) / "config.json"
-    if not file.is_file():
-        return False
-    found = json.loads(file.read_text())
-    return bool(found.get("objective", {}).get("kind") == "reward_model")
-
-
 @distributed.launched
 def start(config: RewardModelRun, run_dir: str | Path, case: Case | None = None, quiet: bool = False) -> Path:
     """Begin a run in a new directory and carry it to its end. Return the directory."""

@@ -1,0 +1,136 @@
+"""Adaptive inference-time compute: the model predicts whether starting over would do better, even in mid-answer.
+
+Manvi, Singh, Ermon, "Adaptive Inference-Time Compute: LLMs Can Predict if They Can Do Better, Even Mid-Generation"
+(arXiv 2410.02725).
+
+Claim: a model that is asked "would you do better if you started over?" knows when another sample is worth its price: a
+large part of the gain of best-of-16 for little more than one sample on average, half of the samples given up early at
+little loss, and no reward model to choose the answer.
+
+Parts of the page, each optional:
+
+- tier1: a small transformer trained on the spot on step-by-step arithmetic: E7, E8, E9 (`adaptive_arithmetic.py`);
+- tier2: SmolLM2-135M on reasoning tasks: E7, E8, E9 (`adaptive_smollm2.py`);
+- pools: real samples of other models, evaluators trained on their text: E10 (`adaptive_pools.py`);
+- actions: the same for robots, a critic values action chunks (`adaptive_actions.py`);
+- cost: what a self-evaluation costs, and that it changes nothing: E11 (`adaptive_cost.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from steelyard import runtime
+from steelyard.config import Config, config_hash, flatten, plain, require_positive, to_json
+from steelyard.errors import ConfigError, DataError, MissingExtraError, require
+from steelyard.recipes.preference_findings import Finding, claims_table, tally
+from steelyard.report.page import Page, Section, write_page
+from steelyard.report.tables import Table
+
+Part = Literal["tier1", "tier2", "pools", "actions", "cost"]
+MODULES: dict[Part, str] = {
+    "tier1": "adaptive_arithmetic",
+    "tier2": "adaptive_smollm2",
+    "pools": "adaptive_pools",
+    "actions": "adaptive_actions",
+    "cost": "adaptive_cost",
+}
+
+
+@dataclass(frozen=True)
+class AdaptiveStudy(Config):
+    """Measure what adaptive sampling, early pruning and self-evaluation are worth, and what they cost."""
+
+    parts: tuple[Part, ...] = ("tier1", "tier2", "pools", "actions", "cost")
+    """Which parts run; the page holds the sections of these."""
+    data: str | None = None
+    """Folder with real sample pools (game24, humaneval_codegen, math_best_of_8, ...); None: what needs it is left
+    out."""
+    workers: int = 2
+    """Processes at a time, one thread each."""
+    out: str | None = None
+    """Directory of the rows and the page; default: runs/adaptive_compute-SIZE-HASH. A stopped study goes on there."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to do."""
+        if not self.parts:
+            raise ConfigError(f"parts must not be empty; there are {', '.join(MODULES)}")
+        require_positive(self, "workers")
+
+
+def run(config: AdaptiveStudy, size: str) -> Path:
+    """Carry out the parts, or go on with them, and write report.html and report.md. Return the former's path."""
+    console = Console()
+    require("matplotlib", "report")  # the page comes last; nobody should wait for it in vain
+    studies = {part: _study(part, config, size) for part in config.parts}
+    name = config_hash(studies["tier1"])[:8] if "tier1" in studies else "parts"
+    out = Path(config.out or f"runs/adaptive_compute-{size}-{name}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.json").write_text(to_json(config), encoding="utf-8")
+    sections: list[Section] = []
+    claims: list[Finding] = []
+    for part, study in studies.items():
+        try:
+            more, says = _module(part).run(study, out / part, config.workers, console)
+        except (MissingExtraError, DataError) as error:
+            console.print(f"{part}: left out: {error}", markup=False, highlight=False)
+            more, says = [Section(f"Left out: {part}").text(str(error))], []
+        sections += more
+        claims += says
+    page = Page("Adaptive inference-time compute: would starting over do better?", _lead(claims, config))
+    if claims:
+        section = page.section("The claims")
+        section.notes([f"Does not hold here: {one.claim}" for one in claims if one.verdict == "does not hold"])
+        section.table(claims_table(claims))
+    page.sections += sections
+    page.sections.append(_provenance(config, studies, size))
+    path = write_page(page, out)
+    for one in claims:
+        console.print(f"{one.verdict}: {one.claim}: {one.measured}", markup=False, highlight=False)
+    console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+    return path
+
+
+def _module(part: Part) -> Any:
+    return importlib.import_module(f"steelyard.recipes.{MODULES[part]}")
+
+
+def _study(part: Part, config: AdaptiveStudy, size: str) -> Any:
+    """Return the settings of a part; those that read data are told where they are."""
+    study = _module(part).PRESETS[size]
+    return replace(study, data=config.data) if "data" in {one.name for one in fields(study)} else study
+
+
+def _lead(found: list[Finding], config: AdaptiveStudy) -> str:
+    parts = f"Parts on this page: {', '.join(config.parts)}."
+    return f"Of {len(found)} claims, {tally(found)}. {parts}" if found else parts
+
+
+def _provenance(config: AdaptiveStudy, studies: dict[Part, Any], size: str) -> Section:
+    """Return where the numbers come from: files, settings and machine."""
+    section = Section("Where the numbers come from")
+    section.text(
+        f"steelyard run adaptive_compute --size {size}. Beside this page, one folder for each part with its rows. "
+        "Thresholds are chosen on validation prompts, never on those of the tables; nothing was left out of a mean."
+    )
+    settings = [(key, str(value)) for key, value in flatten(plain(config)).items()]
+    for part, study in studies.items():
+        settings += [(f"{part}.{key}", str(value)) for key, value in flatten(plain(study)).items()]
+    machine = tuple((key, str(value)) for key, value in flatten(runtime.describe()).items())
+    return section.table(
+        Table("Settings", "The whole config of this call.", ("key", "value"), tuple(settings)),
+        Table("Environment", "Where the page was written.", ("key", "value"), machine),
+    )
+
+
+PRESETS = {
+    "tiny": AdaptiveStudy(parts=("tier1", "actions", "cost")),
+    "small": AdaptiveStudy(),
+    "paper": AdaptiveStudy(),
+}
+"""tiny: no data and no language model needed; small and paper: with the extra `lm`, and `--data` for real pools."""
