@@ -18,11 +18,13 @@ from steelyard.data.episode import ArraySpec, Spec
 from steelyard.envs.gym import EnvConfig
 from steelyard.envs.samplers import SamplingConfig
 from steelyard.errors import ConfigError
+from steelyard.nets.self_eval import SlotConfig
 from steelyard.nets.transformer import TransformerConfig
 from steelyard.objectives import OBJECTIVES, CQLConfig, IQLConfig
 from steelyard.objectives.hyre import EnsembleConfig
 from steelyard.objectives.preference import DPOConfig
 from steelyard.objectives.reward_model import RewardModelConfig
+from steelyard.objectives.self_eval import SelfEvalConfig
 from steelyard.recipes import RECIPES
 from steelyard.report.tables import Claim, ClaimRow
 from steelyard.workflows.control import ControlRun
@@ -56,6 +58,11 @@ REQUIRED = {
     "AgentConfig": {"run": "runs/agent"},
     "TableSchema": {"columns": ("a",), "categories": {"a": ("x", "y")}, "target": "b"},
     "HeadsArtefact": {"objective": EnsembleConfig(), "backbone": FeaturesConfig(), "width": 4},
+    "SelfEvalArtefact": {
+        "objective": SelfEvalConfig(),
+        "reader": SlotConfig(yes_token=1, no_token=2),
+        "model": TransformerConfig(),
+    },
     "RewardModelArtefact": {"objective": RewardModelConfig(), "model": TransformerConfig(), "max_tokens": 64},
 }
 CLASSES = [cls for cls in _classes() if cls.__module__.startswith("steelyard.")]

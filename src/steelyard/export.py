@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from steelyard import __version__
 from steelyard.artefact import ControlArtefact, find, load_learner
 from steelyard.bench import stats
+from steelyard.bench.rows import read_lines
 from steelyard.config import plain
 from steelyard.data.batch import TransitionBatch
 from steelyard.data.episode import Spec
@@ -313,8 +314,7 @@ def _card(folder: Path, artefact: ControlArtefact, differences: dict[str, float]
 
 
 def _evaluation(file: Path, step: int) -> list[str]:
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    rows = [row for row in rows if row["update_step"] == step]
+    rows = [row for row in read_lines(file) if row["update_step"] == step]
     if rows:  # both phases evaluate at the step between them; the later rows are the ones of the exported weights
         rows = [row for row in rows if (row["phase"], row["env_step"]) == (rows[-1]["phase"], rows[-1]["env_step"])]
     if not rows:

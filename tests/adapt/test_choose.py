@@ -20,7 +20,7 @@ from steelyard.adapt.choose import (
     draw,
     fit_eta,
     fit_settings,
-    leave_one_out,
+    left_out_scores,
     scores,
     search,
 )
@@ -133,13 +133,12 @@ def test_scores_are_paired_by_draw():
 
 def test_leave_one_out_by_hand():
     support = dataclasses.replace(task_of(3, n=4).examples, weights=np.array([1.0, 2, 1, 0.5]))
-    expected = 0.0
+    found = left_out_scores(HyRe(), support, "preference")
     for row in range(4):
         others = support.take([r for r in range(4) if r != row])
         one = support.take([row])
         outputs = adapted(HyRe(), others).apply(one.members)
-        expected += support.counts[row] * log_score(outputs, one.labels, "preference")
-    assert leave_one_out(HyRe(), support, "preference") == pytest.approx(expected / 4.5)
+        assert found[row] == pytest.approx(log_score(outputs, one.labels, "preference"))
 
 
 def test_auto_takes_what_predicts_the_labels_it_has():
@@ -161,6 +160,21 @@ def test_auto_takes_what_predicts_the_labels_it_has():
     assert adapt(Auto((HyRe(), HyRe())), Support(members, opposite)).diagnostics["chosen"] == 0
     with pytest.raises(ConfigError, match="candidates"):
         Auto(())
+
+
+def test_auto_leaves_the_first_candidate_for_a_clear_lead_only():
+    rng = np.random.default_rng(4)
+    members = rng.normal(size=(12, 6, 1))
+    support = Support(members, (members[:, 0, 0] - members[:, 1, 0] > 0).astype(float))
+    candidates = (HyRe(eta=2.0), GaussianHeads(30.0))
+    first, other = (left_out_scores(method, support, "preference") for method in candidates)
+    errors = (other - first).mean() / (np.std(other - first, ddof=1) / np.sqrt(12))
+    assert 0.5 < errors < 50
+    for margin, chosen in ((0.0, 1), (errors - 0.01, 1), (errors + 0.01, 0)):
+        assert adapt(Auto(candidates, margin=margin), support).diagnostics["chosen"] == chosen
+    assert adapt(Auto(candidates[::-1], margin=0.0), support).diagnostics["chosen"] == 0
+    with pytest.raises(ConfigError, match="margin"):
+        Auto(candidates, margin=-1.0)
 
 
 def test_eta_is_high_for_clean_labels_and_low_for_random_ones():

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 
 from steelyard.adapt.compute_policy import Request
 from steelyard.adapt.decoding import ModelBackend
+from steelyard.data.sample_pool import PromptSamples, SamplePool
 from steelyard.envs.samplers import SamplingConfig, TinySampler, row_uniforms, uniforms
 from steelyard.errors import ConfigError, DataError
+from steelyard.nets.self_eval import SuffixEvaluator
 from steelyard.nets.slots import SPAN, SlotReader
 from steelyard.nets.tiny_lm import TinyLM
 from steelyard.nets.transformer import TransformerConfig
+from steelyard.workflows.self_eval import score_pool
 
 EOS, VOCABULARY, LIMIT = 3, 11, 14
 PROMPTS = [[5, 6, 7], [1, 2, 1, 4], [8, 8, 4, 2, 9, 5, 5], [4], [9, 1], [6, 6, 6, 2, 1]]
@@ -159,6 +162,30 @@ def test_keys_tell_prompts_apart_whatever_their_numbers(plain):
     order = [4, 0, 2]
     found = backend(prompts=[PROMPTS[p] for p in order], keys=order).draw(requests(4, 3))
     assert tokens_of(found) == {(place, k): plain[p, k] for place, p in enumerate(order) for k in range(4)}
+
+
+def test_live_scores_are_those_that_a_pool_is_given_afterwards():
+    evaluator = SuffixEvaluator((7, 1, 9), 5, 6)
+    draws = backend(evaluator).draw(requests(4), (2, 5))
+    items = []
+    for number, prompt in enumerate(PROMPTS):
+        mine = [draw for draw in draws if draw.request.prompt == number]
+        items.append(
+            PromptSamples(
+                "",
+                np.zeros(len(mine)),
+                np.array([draw.decoded for draw in mine]),
+                tokens=tuple(draw.tokens for draw in mine),
+                prompt_tokens=tuple(prompt),
+                finished=np.array([draw.finished for draw in mine]),
+            )
+        )
+    scored = score_pool(MODEL, evaluator, SamplePool(tuple(items)), (2, 5))
+    found = np.array([draw.score for draw in draws]).reshape(len(PROMPTS), 4)
+    assert np.ptp(found) > 0.01
+    np.testing.assert_allclose(np.stack([item.scores for item in scored]), found, atol=1e-5)
+    live = np.array([[draw.checkpoint_scores.get(at, math.nan) for at in (2, 5)] for draw in draws])
+    np.testing.assert_allclose(np.concatenate([item.checkpoint_scores for item in scored]), live, atol=1e-5)
 
 
 # the reader

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 
 from run_maker import GRID, OFFLINE, make_run
 
-from steelyard.bench.rows import find_runs, group_runs, paired, read_run
+from steelyard.bench.rows import find_runs, group_runs, paired, read_lines, read_run
 from steelyard.errors import DataError
 
 
@@ -170,3 +170,13 @@ def test_two_evaluations_at_one_environment_step_stay_apart(tmp_path):
     again = [json.dumps(json.loads(row) | {"update_step": 99999}) for row in rows[-2:]]
     (path / "eval.jsonl").write_text("\n".join(rows + again) + "\n")
     assert tuple(read_run(path).points("online").step) == (*GRID, GRID[-1])
+
+
+def test_lines_of_any_keys_are_read_and_a_bad_one_is_named(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    assert read_lines(file) == []
+    file.write_text('{"prompt": "a"}\n{"score": 1.5, "label": null}\n')
+    assert read_lines(file) == [{"prompt": "a"}, {"score": 1.5, "label": None}]
+    file.write_text('{"prompt": "a"}\n[1]\n')
+    with pytest.raises(DataError, match=r"samples.jsonl, line 2: expected a JSON object"):
+        read_lines(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -49,7 +50,15 @@ def test_answer_is_one_digit_after_the_mark(text: str, answer: str) -> None:
 
 
 def test_scorer_wants_every_step_and_the_result_right_and_ignores_remarks() -> None:
-    answers = ["7;+52;-11;#1", "7;+52b-11;#1", "7;+53;-11;#1", "7;+52;-11;#2", "7;+52;-11;", "7;+52;#1", "7;+52;-11;#1;"]
+    answers = [
+        "7;+52;-11;#1",
+        "7;+52b-11;#1",
+        "7;+53;-11;#1",
+        "7;+52;-11;#2",
+        "7;+52;-11;",
+        "7;+52;#1",
+        "7;+52;-11;#1;",
+    ]
     scores = ArithmeticScorer().score(["7+5-1?"] * 7, answers, [[]] * 7, {})
     assert scores.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
@@ -88,7 +97,7 @@ def test_no_sample_of_a_hopeless_step_is_right() -> None:
     habits, generator = Habits.of(config, 0), numpy_generator(0, "test")
     for problem in draw_problems(config, {"hopeless": 200}, 0, "x"):
         steps = re.split("[;a-h]", demonstrate(config, habits, problem, generator))
-        for before, step in zip(steps[:-2], steps[1:-1], strict=True):
+        for before, step in itertools.pairwise(steps[:-1]):
             if step[0] == "^":
                 assert int(step[2]) != result_of("^", int(before[-1]), int(step[1]))
 

@@ -87,7 +87,7 @@ def test_the_page(run):
 
 def test_a_damaged_log_is_named(run):
     (run / "pairs.jsonl").write_text('{"update_step": 0}\nnot json\n')
-    with pytest.raises(DataError, match=r"pairs.jsonl, line 2: not JSON"):
+    with pytest.raises(DataError, match=r"pairs.jsonl, line 2: not valid JSON"):
         language.pair_rows(run)
 
 

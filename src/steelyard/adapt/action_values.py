@@ -97,13 +97,13 @@ class DrawnValues:
 class ValueQuantilesConfig(Config):
     """How the distribution of a policy's values is learned."""
 
-    hidden: tuple[int, ...] = (128, 128)
+    hidden: tuple[int, ...] = (64, 64)
     """Widths of the network's hidden layers."""
     draws: int = 32
     """Actions that are drawn and valued in each training state, once."""
-    updates: int = 2_000
+    updates: int = 1_000
     """Adam's updates."""
-    batch_size: int = 256
+    batch_size: int = 128
     """States of an update."""
     learning_rate: float = 1e-3
     """Of Adam, decayed to 0 along a cosine."""
@@ -139,7 +139,8 @@ class ValueQuantiles(nn.Module):
     @torch.no_grad()
     def read(self, observations: Tensor) -> Tensor:
         """Return the quantiles [B, M] of raw observations [B, O], in order."""
-        return self(observations.to(self.offset.device)).sort(-1).values * self.scale + self.offset
+        standardised: Tensor = self(observations.to(self.offset.device))
+        return standardised.sort(-1).values * self.scale + self.offset
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return standardised quantiles [B, M], not yet sorted."""
@@ -218,7 +219,7 @@ def fit_value_quantiles(
     pool = torch.cat(
         [
             values(part, torch_generator(seed, "action values/draws", number), config.draws)
-            for number, part in enumerate(observations.split(512))
+            for number, part in enumerate(torch.split(observations, 512))
         ]
     )
     if not bool(torch.isfinite(pool).all()):
@@ -278,7 +279,7 @@ def load_value_quantiles(path: str | Path) -> ValueQuantiles:
         CheckpointError: it is no such file.
     """
     try:
-        with safetensors.safe_open(str(path), "pt") as file:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(str(path), "pt") as file:
             notes = json.loads((file.metadata() or {}).get("steelyard", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:

@@ -36,7 +36,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from steelyard.adapt.action_values import Judge
+from steelyard.adapt.action_values import Calibration, Judge, ValueQuantilesConfig, fit_value_quantiles
 from steelyard.adapt.compute_policy import Budget, ComputePolicy, StopRule, TemperatureSchedule
 from steelyard.artefact import load_learner
 from steelyard.bench.evaluate import evaluate
@@ -52,6 +52,9 @@ from steelyard.objectives.bc import BC
 from steelyard.objectives.fql import FQL
 from steelyard.objectives.qc import QC
 from steelyard.rng import torch_generator
+
+PROBE = 4
+"""Candidates of the policy whose states the judge learns from."""
 
 
 @dataclass(frozen=True)
@@ -223,24 +226,24 @@ def matched(
     Raises:
         ConfigError: the rule has no such number, or none reaches that mean.
     """
+    _check(compute, mean)
     rule, most = compute.stop, compute.budget.max_samples
-    if rule.kind == "never":
-        raise ConfigError("stop rule 'never' draws the whole budget: there is nothing to match")
-    if not min(compute.wave(0), most) <= mean <= most:
-        raise ConfigError(f"mean draws must lie between the first wave and the budget of {most}, found {mean:g}")
     noise = torch.randn((len(observations), most, agent.noise_size + 1), generator=torch_generator(seed, "match"))
     heat = torch.tensor([compute.temperatures.of(number) for number in range(most)])
     values = agent.value(observations, agent.draw(observations, noise[..., :-1] * heat[:, None]))
     coins, known = torch.special.ndtr(noise[..., -1]), judge.read(observations)
-    ends, wave = [], 0
-    while not ends or ends[-1] < most:
-        ends.append(min(most, (ends[-1] if ends else 0) + compute.wave(wave)))
-        wave += 1
+    ends = [min(most, compute.wave(0))]
+    while ends[-1] < most:
+        ends.append(min(most, ends[-1] + compute.wave(len(ends))))
     judged = [judge.judge(known, values[:, :end], coins[:, :end]) for end in ends]
 
+    def with_number(number: float) -> StopRule:
+        if rule.kind == "threshold":
+            return dataclasses.replace(rule, threshold=number)
+        return dataclasses.replace(rule, cost=number)
+
     def average(number: float) -> float:
-        name = "cost" if rule.kind == "expected_gain" else "threshold"
-        tried, drawn = dataclasses.replace(rule, **{name: number}), torch.full((len(values),), float(most))
+        tried, drawn = with_number(number), torch.full((len(values),), float(most))
         for end, (score, gain) in zip(reversed(ends), reversed(judged), strict=True):
             drawn[stops(tried, score, gain, end)] = end
         return float(drawn.mean())
@@ -252,8 +255,60 @@ def matched(
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if average(middle) <= mean else (low, middle)
-    changed = dataclasses.replace(rule, **({"threshold": low} if rule.kind == "threshold" else {"cost": low}))
-    return dataclasses.replace(compute, stop=changed)
+    reached = average(low)
+    if reached < mean / 1.5:  # a judge that is as sure of everything has no number in between
+        raise ConfigError(
+            f"no {rule.kind} draws about {mean:g} candidates on average: {reached:.2f} or {average(high):.2f}; the "
+            "judge does not tell these values apart, train it for longer"
+        )
+    return dataclasses.replace(compute, stop=with_number(low))
+
+
+def _check(compute: ComputePolicy, mean: float) -> None:
+    most = compute.budget.max_samples
+    if compute.stop.kind == "never":
+        raise ConfigError("stop rule 'never' draws the whole budget: there is nothing to match")
+    if not min(compute.wave(0), most) <= mean <= most:
+        raise ConfigError(f"mean draws must lie between the first wave and the budget of {most}, found {mean:g}")
+
+
+def adaptive_policy(
+    agent: ActionAgent,
+    env: VectorEnv,
+    compute: ComputePolicy,
+    mean: float,
+    episodes: int = 10,
+    seed: int = 0,
+    config: ValueQuantilesConfig | None = None,
+) -> tuple[BestOfNActions, Calibration]:
+    """Return a policy that draws `mean` candidates a decision on average, and how well its judge is calibrated.
+
+    Plays best of 4 to see states, learns the distribution of values there, matches the rule, plays with it, and matches
+    once more on the states that the rule itself visits.
+
+    Args:
+        agent: draws and values.
+        env: to look around in; its stream should not be that of the evaluation.
+        compute: rules; the threshold, or the cost, is searched.
+        mean: candidates a decision.
+        episodes: for each of the two looks.
+        seed: of draws, weights and batches.
+        config: of the judge's training.
+    """
+    _check(compute, mean)  # before anything is played
+    look = compute_fixed(min(PROBE, compute.budget.max_samples))
+    _, states = evaluate_counted(BestOfNActions(agent, look), env, episodes, seed)
+    judge, calibration = fit_value_quantiles(agent.values, states, config or ValueQuantilesConfig(), seed)
+    compute = rematched(agent, judge, matched(agent, judge, compute, states, mean, seed), env, mean, episodes, seed)
+    return BestOfNActions(agent, compute, judge), calibration
+
+
+def rematched(
+    agent: ActionAgent, judge: Judge, compute: ComputePolicy, env: VectorEnv, mean: float, episodes: int, seed: int
+) -> ComputePolicy:
+    """Return `compute` matched on states that it visits itself; see `matched`."""
+    _, visited = evaluate_counted(BestOfNActions(agent, compute, judge), env, episodes, seed)
+    return matched(agent, judge, compute, visited, mean, seed)
 
 
 def action_agent(policy: Learner, critic: Learner | None = None) -> ActionAgent:

@@ -88,27 +88,32 @@ class BestHead:
 
 @dataclass(frozen=True)
 class Auto:
-    """The candidate with the best leave-one-out log score on the examples themselves.
+    """The candidate with the best leave-one-out log score on the examples themselves, if it is clearly the best.
 
-    Leaving one of two examples out says next to nothing, so with fewer than `least` examples it is the first candidate;
-    so it is in a tie.
+    A few examples tell candidates apart badly, and taking the highest score as it is costs more than it brings. So
+    another candidate than the first must beat it by `margin` standard errors of their paired difference, and with fewer
+    than `least` examples it is always the first.
 
     Attributes:
         candidates: in order of trust.
         task: likelihood of the score.
         least: examples from which on candidates are compared.
         noise: variance of a regression's targets, for the score.
+        margin: standard errors; 0: the highest score, the first of equals.
     """
 
     candidates: tuple[Method, ...]
     task: Task = "preference"
     least: int = 3
     noise: float = 1.0
+    margin: float = 2.0
     name: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.candidates:
             raise ConfigError("candidates must hold at least one method, found none")
+        if not 0 <= self.margin < math.inf:
+            raise ConfigError(f"margin must be finite and at least 0, found {self.margin}")
 
     def begin(self, num_members: int) -> SupportPosterior:
         """Return the first candidate's prior."""
@@ -120,20 +125,26 @@ class Auto:
             return self.candidates[0].begin(num_members).combination(), {"chosen": 0.0}
         chosen = 0
         if len(support) >= self.least and len(self.candidates) > 1:
-            scores = np.array([leave_one_out(method, support, self.task, self.noise) for method in self.candidates])
-            chosen = int(np.flatnonzero(scores >= scores.max() - TIE * (1 + abs(scores.max())))[0])
+            each = np.array([left_out_scores(method, support, self.task, self.noise) for method in self.candidates])
+            weights = support.counts / support.counts.sum()
+            leads = (each - each[0]) @ weights
+            variance = ((each - each[0] - leads[:, None]) ** 2) @ weights / (len(support) - 1)
+            clear = leads >= self.margin * np.sqrt(variance)
+            clear[0] = True
+            best = leads[clear].max()
+            chosen = int(np.flatnonzero(clear & (leads >= best - TIE * (1 + abs(each[0] @ weights + best))))[0])
         posterior = self.candidates[chosen].begin(num_members).update(support)
         return posterior.combination(), {"chosen": float(chosen)}
 
 
-def leave_one_out(method: Method, support: Support, task: Task, noise: float = 1.0) -> float:
-    """Return the mean log score of every example under the method adapted to the others."""
+def left_out_scores(method: Method, support: Support, task: Task, noise: float = 1.0) -> Floats:
+    """Return the log score [N] of every example under the method adapted to the others."""
     begun, rows = method.begin(support.members.shape[1]), np.arange(len(support))
     outputs = np.empty((len(support), support.members.shape[2]))
     for row in rows:
         left, one = support.take(rows[rows != row]), support.take([row])
         outputs[row] = begun.update(left).combination().apply(one.members, one.features)[0]
-    return -float(support.counts @ Likelihood(task, noise).value(outputs, support.labels) / support.counts.sum())
+    return -Likelihood(task, noise).value(outputs, support.labels)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from steelyard.data.restart_labels import soft_labels
 Floats = npt.NDArray[np.float64]
 EDGE = 1e-6
 """Probabilities are kept this far from 0 and 1 before their log-odds are taken."""
+LEAST_SCALE = 1e-3
+"""Of log-odds in Platt scaling."""
 
 
 # ------------------------------------------------------------------------------------------------ ranking
@@ -179,6 +181,12 @@ def brier(probabilities: Floats, targets: Floats) -> float:
     return float(((p - y) ** 2).mean()) if len(p) else math.nan
 
 
+def sigmoid(x: Floats) -> Floats:
+    """Return 1 / (1 + exp(-x)) without overflow; NaN stays NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.exp(-np.logaddexp(0, -x)))
+
+
 @dataclass(frozen=True)
 class Platt:
     r"""\sigma(scale log-odds + offset) of a score (Platt 1999); it changes no order as long as scale is positive."""
@@ -188,11 +196,13 @@ class Platt:
 
     def __call__(self, probabilities: Floats) -> Floats:
         """Return calibrated probabilities; NaN stays NaN."""
-        return np.asarray(_sigmoid(self.scale * _log_odds(probabilities) + self.offset))
+        return sigmoid(self.scale * _log_odds(probabilities) + self.offset)
 
 
 def fit_platt(probabilities: Floats, targets: Floats, ridge: float = 1e-3) -> Platt:
     """Return the Platt scaling with the least cross-entropy against (soft) targets, by Newton's method.
+
+    A scale below `LEAST_SCALE` would turn the order of scores around and is held there.
 
     Args:
         probabilities: scores, any shape; NaN are left out.
@@ -202,7 +212,14 @@ def fit_platt(probabilities: Floats, targets: Floats, ridge: float = 1e-3) -> Pl
     """
     p, y = _flat(probabilities, targets)
     x = np.stack([_log_odds(p), np.ones(len(p))], 1)
-    start = np.array([1.0, 0.0])
+    theta = _newton(x, y, np.array([1.0, 0.0]), ridge, np.array([True, True]))
+    if theta[0] < LEAST_SCALE:
+        theta = _newton(x, y, np.array([LEAST_SCALE, 0.0]), ridge, np.array([False, True]))
+    return Platt(float(theta[0]), float(theta[1]))
+
+
+def _newton(x: Floats, y: Floats, start: Floats, ridge: float, free: npt.NDArray[np.bool_]) -> Floats:
+    """Return the minimum of the logistic loss plus ridge / 2 |theta - start|^2 over the free entries of theta."""
     theta = start.copy()
 
     def loss(theta: Floats) -> float:
@@ -210,17 +227,18 @@ def fit_platt(probabilities: Floats, targets: Floats, ridge: float = 1e-3) -> Pl
         return float((np.logaddexp(0, z) - y * z).sum() + ridge / 2 * ((theta - start) ** 2).sum())
 
     for _ in range(100):
-        q = _sigmoid(x @ theta)
-        gradient = x.T @ (q - y) + ridge * (theta - start)
-        curvature = (x * (q * (1 - q))[:, None]).T @ x + ridge * np.eye(2)
-        step = np.linalg.solve(curvature, gradient)
+        q = sigmoid(x @ theta)
+        gradient = (x.T @ (q - y) + ridge * (theta - start))[free]
+        curvature = ((x * (q * (1 - q))[:, None]).T @ x + ridge * np.eye(len(theta)))[np.ix_(free, free)]
+        step = np.zeros(len(theta))
+        step[free] = np.linalg.solve(curvature, gradient)
         size, before = 1.0, loss(theta)
         while loss(theta - size * step) > before + 1e-12 and size > 1e-8:
             size /= 2
         theta = theta - size * step
         if float(np.abs(size * step).max()) < 1e-10:
             break
-    return Platt(float(theta[0]), float(theta[1]))
+    return theta
 
 
 @dataclass(frozen=True)
@@ -276,7 +294,3 @@ def _flat(probabilities: Floats, targets: Floats) -> tuple[Floats, Floats]:
 def _log_odds(probabilities: Floats) -> Floats:
     p = np.clip(np.asarray(probabilities, np.float64), EDGE, 1 - EDGE)
     return np.asarray(np.log(p) - np.log1p(-p))
-
-
-def _sigmoid(x: Floats) -> Floats:
-    return np.asarray(np.exp(-np.logaddexp(0, -x)))

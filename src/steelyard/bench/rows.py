@@ -328,6 +328,15 @@ def _lines(path: Path, required: bool) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, _parse(line, where)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON lines file, whatever their keys; none if it is not there.
+
+    Raises:
+        DataError: a line is no JSON object.
+    """
+    return [row for _, row in _lines(path, required=False)]
+
+
 def _columns(path: Path, checks: dict[str, Any], required: bool) -> dict[str, Any]:
     values: dict[str, list[Any]] = {key: [] for key in checks}
     for where, row in _lines(path, required):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from steelyard.bench.rows import find_runs, read_run
+from steelyard.bench.rows import find_runs, read_lines, read_run
 from steelyard.errors import ConfigError, MissingExtraError, SteelyardError
 from steelyard.report import heads
 from steelyard.report.html import write_report
@@ -50,8 +49,7 @@ def main(argv: list[str]) -> int:
 
 def show(folder: Path) -> None:
     """Report on one finished run, or say where it is if it was not evaluated or has no scores."""
-    rows = (json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines())
-    scores = [row["score"] for row in rows]
+    scores = [row["score"] for row in read_lines(folder / "eval.jsonl")]
     if scores and None not in scores:
         try:
             report(ReportArguments((folder,)))

@@ -195,9 +195,8 @@ def _score(argv: list[str]) -> int:
     if not is_self_eval_run(args.model):
         raise ConfigError(f"{args.model}: expected a run of `steelyard train self_eval`, found none")
     trained = load_self_eval(args.model, device=args.device)
-    scored = score_pool(
-        trained.model, trained.evaluator, SamplePool.load(args.pool), args.checkpoints, tokenizer=trained.tokenizer
-    )
+    found, tokenizer = SamplePool.load(args.pool), tokenizer_of(trained.model)
+    scored = score_pool(trained.model, trained.evaluator, found, args.checkpoints, tokenizer=tokenizer)
     scored.save(args.out, {"pool": str(args.pool), "scores": args.model})
     _print(scored, str(args.out))
     return 0

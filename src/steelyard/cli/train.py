@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from steelyard.cli import arguments, train_hyre, train_preference
+from steelyard.cli import arguments, train_hyre, train_preference, train_self_eval
 from steelyard.config import config_hash, read_config
 from steelyard.errors import ConfigError, near
 from steelyard.objectives import OBJECTIVES
 from steelyard.train.distributed import is_main
-from steelyard.workflows import control, hyre, language, preference, reward_model
+from steelyard.workflows import control, language
+from steelyard.workflows.common import kind_of_run
 
 USAGE = f"""usage: steelyard train OBJECTIVE --data PATH [--env ID] [--out DIR] [--config FILE] [OPTIONS]
        steelyard train --resume DIR
@@ -20,6 +21,7 @@ Pre-train on recorded behaviour (or text), fine-tune online where an environment
 objectives: {", ".join(OBJECTIVES)}, sft
 language models: preference, reward_model (steelyard train preference --help)
 ensembles to be adapted by a few labels: hyre (steelyard train hyre --help)
+language models that judge their own samples: self_eval (steelyard train self_eval --help)
 
   --data PATH    data set in any known format (see steelyard data --help); for sft, a text file
   --env ID       Gymnasium environment to evaluate and fine-tune in
@@ -43,6 +45,8 @@ def main(argv: list[str]) -> int:
             return train_preference.resume(directory, rest)
         if kind == "hyre":
             return train_hyre.resume(directory, rest)
+        if kind == "self_eval":
+            return train_self_eval.resume(directory, rest)
         if rest:
             raise ConfigError(
                 f"--resume takes no other options (the run's config is in {directory}), found {rest[0]!r}"
@@ -56,6 +60,8 @@ def main(argv: list[str]) -> int:
         return train_preference.main_reward_model(rest)
     if kind == "hyre":
         return train_hyre.main(rest)
+    if kind == "self_eval":
+        return train_self_eval.main(rest)
     out, rest = arguments.take_option(rest, "--out", None)
     file, rest = arguments.take_option(rest, "--config", None)
     if kind == "sft":
@@ -67,7 +73,7 @@ def main(argv: list[str]) -> int:
         folder = out or f"runs/sft-{config_hash(text_run)[:8]}"
         return finish(*arguments.carry_out(lambda: language.start(text_run, folder)))
     if kind not in OBJECTIVES:
-        known = [*OBJECTIVES, "sft", "preference", "reward_model", "hyre"]
+        known = [*OBJECTIVES, "sft", "preference", "reward_model", "hyre", "self_eval"]
         raise ConfigError(f"unknown objective {kind!r}; {near(kind, known)}")
     config = read_config(control.ControlRun, file) if file else control.default_run(kind)
     if config.objective.kind != kind:

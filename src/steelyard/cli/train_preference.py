@@ -13,6 +13,7 @@ from steelyard.nets.lm import LanguageModelConfig, LoRAConfig
 from steelyard.objectives.preference import PREFERENCE_OBJECTIVES
 from steelyard.train.distributed import is_main
 from steelyard.workflows import preference, reward_model
+from steelyard.workflows.common import kind_of_run
 
 ALIASES = {
     "--beta": ("objective.beta", "beta"),

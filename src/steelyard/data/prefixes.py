@@ -82,10 +82,11 @@ class PoolTokens:
         source: name of the pool, for messages.
         prompts: P lists of ids.
         completions: P lists of N lists of ids, EOS included where a sample ended by itself.
+        ends: P arrays int64 [N], tokens of each sample before its EOS: where its last score is read.
         rewards: P arrays [N].
 
     Raises:
-        DataError: ids are missing and there is no tokenizer to make them.
+        DataError: ids are missing and there is no tokenizer to make them, or nothing tells whether samples ended.
     """
 
     def __init__(self, pool: SamplePool, tokenizer: Tokenizer | None = None, pad: int | None = None) -> None:
@@ -93,6 +94,7 @@ class PoolTokens:
         self.pad = pad if pad is not None else 0 if tokenizer is None else tokenizer.pad
         self.prompts = [self._prompt(number, item, tokenizer) for number, item in enumerate(pool)]
         self.completions = [self._completions(number, item, tokenizer) for number, item in enumerate(pool)]
+        self.ends = [self._ends(number, item, tokenizer) for number, item in enumerate(pool)]
         self.rewards = [np.asarray(item.rewards, np.float64) for item in pool]
 
     def __len__(self) -> int:
@@ -117,9 +119,17 @@ class PoolTokens:
             )
         return [tokenizer.completion(item.prompt, text) for text in item.texts]
 
-    def lengths(self, prompt: int) -> npt.NDArray[np.int64]:
-        """Return int64 [N], tokens of each sample of a prompt."""
-        return np.array([len(tokens) for tokens in self.completions[prompt]], np.int64)
+    def _ends(self, number: int, item: PromptSamples, tokenizer: Tokenizer | None) -> npt.NDArray[np.int64]:
+        completions = self.completions[number]
+        lengths = np.array([len(tokens) for tokens in completions], np.int64)
+        if item.finished is not None and any(item.tokens):
+            return lengths - np.asarray(item.finished, np.int64)
+        if tokenizer is None:
+            raise DataError(
+                f"{self.source}: samples of prompt {number}: expected to be told which of them ended by themselves "
+                "(`finished`), or a tokenizer with the token that ends them, found neither"
+            )
+        return lengths - np.array([tokens[-1:] == [tokenizer.eos] for tokens in completions], np.int64)
 
     def batch(
         self,
@@ -221,7 +231,7 @@ class PrefixSource:
         tokens, better = tokens or self.tokens, self.better if better is None else better
         where, targets = [], []
         for prompt, chosen in zip(prompts, samples, strict=True):
-            found = cuts(tokens.lengths(prompt)[chosen], self.prefixes, self.prompt_only, generator)
+            found = cuts(tokens.ends[prompt][chosen], self.prefixes, self.prompt_only, generator)
             target = np.repeat(1 - better[prompt][chosen, None], found.shape[1], 1)
             target[:, -1] = 1 - np.nanmean(better[prompt])  # of the prompt alone
             where.append(found)

@@ -88,22 +88,22 @@ def soft_labels(rewards: Floats, margin: float = 0.0) -> Floats:
     return np.where(known & (others > 0), better / np.maximum(others, 1), np.nan)
 
 
-def cuts(lengths: Ints, count: int, prompt_only: bool, generator: np.random.Generator) -> Ints:
+def cuts(ends: Ints, count: int, prompt_only: bool, generator: np.random.Generator) -> Ints:
     """Return where to read samples, int64 [n, 1 + count + 1]: after all their tokens, after random ones, after none.
 
-    Random prefixes are uniform in 1..length - 1 tokens. -1: nowhere; so where a sample is too short to be cut, and at
+    Random prefixes are uniform in 1..end - 1 tokens. -1: nowhere; so where a sample is too short to be cut, and at
     the last entry but where `prompt_only` is set, which is for the first sample only, for all share the prompt.
 
     Args:
-        lengths: int64 [n], tokens of samples of one prompt.
+        ends: int64 [n], tokens of samples of one prompt, EOS not counted.
         count: random prefixes of each.
         prompt_only: also read the prompt alone.
         generator: draws the prefixes.
     """
-    found = np.full((len(lengths), count + 2), -1, np.int64)
-    found[:, 0] = lengths
-    random = 1 + (generator.random((len(lengths), count)) * (lengths[:, None] - 1)).astype(np.int64)
-    found[:, 1:-1] = np.where(lengths[:, None] > 1, random, -1)
-    if prompt_only and len(lengths):
+    found = np.full((len(ends), count + 2), -1, np.int64)
+    found[:, 0] = ends
+    random = 1 + (generator.random((len(ends), count)) * (ends[:, None] - 1)).astype(np.int64)
+    found[:, 1:-1] = np.where(ends[:, None] > 1, random, -1)
+    if prompt_only and len(ends):
         found[0, -1] = 0
     return found

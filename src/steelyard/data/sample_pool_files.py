@@ -90,7 +90,7 @@ class PoolFolder:
             found = cls.open(path)
             _require_same(path, found.head, head)
             return found
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if _occupied(path):
             raise DataError(f"{path}: already exists and is no sample pool; choose another path or remove it")
         path.mkdir(parents=True, exist_ok=True)
         _write_whole(path / "pool.json", (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode())
@@ -149,7 +149,7 @@ def save_pool(pool: SamplePool, path: Path, made_by: Mapping[str, Any]) -> Path:
     Raises:
         DataError: the folder exists.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if _occupied(path):
         raise DataError(f"{path}: already exists; choose another path or remove it")
     folder = PoolFolder.begin(path, made_by, pool.source, pool.checkpoints)
     for first in range(0, len(pool), PIECE_PROMPTS):
@@ -165,6 +165,13 @@ def load_pool(path: Path, prompts: int | None = None) -> SamplePool:
 def is_pool(path: Path) -> bool:
     """Return whether a folder holds a sample pool."""
     return (path / "pool.json").is_file()
+
+
+def _occupied(path: Path) -> bool:
+    """Return whether something is there that is not the beginning of a pool which a kill left."""
+    if not path.is_dir():
+        return path.exists()
+    return any(child.name != _partial(path / "pool.json").name for child in path.iterdir())
 
 
 def _encode(items: Sequence[PromptSamples], k: int) -> Arrays:
@@ -291,8 +298,12 @@ def _piece_name(number: int) -> str:
     return f"piece-{number:05d}.safetensors"
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
 def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     with partial.open("wb") as file:
         file.write(content)
         file.flush()

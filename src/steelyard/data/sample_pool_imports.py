@@ -162,6 +162,7 @@ def _item(
         tuple(texts),
         tokens,
         prompt_tokens=() if tokenizer is None else tuple(tokenizer.prompt(prompt)),
+        finished=np.ones(len(tokens), np.bool_) if tokens else None,
         **known,
     )
 

@@ -124,6 +124,7 @@ def _user_item(
         tokens = tuple(map(tuple, ids))
     elif tokenizer is not None and "lengths" not in found:
         tokens = tuple(tuple(tokenizer.completion(prompt, text)) for text in texts)
+        found.setdefault("finished", [True] * n)
     lengths = found.pop("lengths", None)
     if lengths is None:
         lengths = np.array([len(one) for one in tokens] if tokens else [pieces(text) + 1 for text in texts])

@@ -120,8 +120,8 @@ class ArithmeticTokenizer:
 
 def result_of(operation: str, left: int, right: int) -> int:
     """Return the right result of one step, 0..9."""
-    value = {"+": left + right, "-": left - right, "*": left * right, "^": left**right}[operation]
-    return value % 10
+    values: dict[str, int] = {"+": left + right, "-": left - right, "*": left * right, "^": left**right}
+    return values[operation] % 10
 
 
 def solution(prompt: str) -> str:
@@ -226,11 +226,11 @@ def demonstrate(config: ArithmeticConfig, habits: Habits, prompt: str, generator
         other, letter = generator.integers(0, 9), generator.integers(0, len(REMARKS))
         operand = int(digit)
         truth = result_of(operation, value, operand)
-        usual = truth if believed < habits.right[operation][value, operand] else habits.instead[operation][value, operand]
-        result = int(usual)
+        chance, instead = habits.right[operation][value, operand], habits.instead[operation][value, operand]
+        result = truth if believed < chance else int(instead)
         if slip < config.slip:
             # any other digit; where nobody is right (^), not by a slip either
-            barred = {result, truth} if habits.right[operation][value, operand] == 0 else {result}
+            barred = {result, truth} if chance == 0 else {result}
             left = [d for d in range(10) if d not in barred]
             result = left[int(other) % len(left)]
         text += f"{operation}{operand}{result}{REMARKS[letter] if remark < config.remarks else ';'}"

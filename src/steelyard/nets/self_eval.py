@@ -186,7 +186,8 @@ class SuffixEvaluator(_Evaluator):
         if not suffix or yes == no:
             raise ConfigError(f"suffix reader: expected a suffix and two answers, found {suffix}, {yes} and {no}")
         self.suffix, self.yes, self.no = tuple(suffix), yes, no
-        self.extra_tokens, self.reserved = len(suffix), tuple(reserved)
+        self.extra_tokens = len(suffix)
+        self.reserved: tuple[int, ...] = tuple(reserved)
 
     @torch.no_grad()
     def score(self, reader: EvaluatingReader) -> Tensor:
@@ -209,7 +210,8 @@ class SlotEvaluator(_Evaluator):
         super().__init__()
         if yes == no:
             raise ConfigError(f"slot reader: expected two token ids, found {yes} twice")
-        self.yes, self.no, self.reserved = yes, no, (yes, no)
+        self.yes, self.no = yes, no
+        self.reserved: tuple[int, ...] = (yes, no)
 
     @torch.no_grad()
     def score(self, reader: EvaluatingReader) -> Tensor:
@@ -300,7 +302,7 @@ def suffix_tokens(tokenizer: Tokenizer, question: str) -> tuple[int, ...]:
     """Return what is read after a (partial) answer: the turn's end, the question as the user's, an answer's beginning.
 
     A tokenizer with a chat template writes them as it would between two turns; without one the question stands in a
-    line of its own. A finished answer has read its EOS, so that the turn ends twice: a part of an answer does not.
+    line of its own. An answer's own EOS is never read before it: the suffix itself ends the turn.
     """
     turns: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     try:  # what a template writes after an answer does not depend on the answer
@@ -349,7 +351,7 @@ def head(model: Any) -> tuple[Tensor, Tensor | None]:
     """
     if isinstance(model, TinyLM):
         return model.transformer.token_embedding, None
-    if not model._plain_head:
+    if not model.head_is_plain:
         raise ConfigError(f"self-evaluation: the output head of {model.base} is no plain matrix, which it has to be")
     found: tuple[Tensor, Tensor | None] = model._head()
     return found
@@ -423,8 +425,8 @@ def read(model: Any, evaluator: AnyEvaluator, batch: ExperienceBatch, counts: Te
         model: a `TinyLM` or a `CausalLM`.
         evaluator: how.
         batch: whole completions.
-        counts: int64 [N, K], after how many tokens to read; below 0: not. A suffix takes the policy's predictions from
-            the longest prefix of each completion, so it sees all of them only where the whole is read, too.
+        counts: int64 [N, K], after how many tokens to read; below 0: not. A suffix sees the policy's predictions of a
+            completion as far as its longest prefix among these and one token more, which may be EOS.
     """
     wanted = counts >= 0
     if isinstance(evaluator, SuffixEvaluator):
@@ -433,10 +435,11 @@ def read(model: Any, evaluator: AnyEvaluator, batch: ExperienceBatch, counts: Te
         index = rows.ends
         number = torch.full(counts.shape, -1, device=counts.device)
         number[wanted] = torch.arange(len(asked), device=counts.device)
-        lengths, longest = counts.clamp(min=0).max(1)
-        columns = torch.arange(int(lengths.max()), device=counts.device)
+        most, longest = counts.max(1)
+        seen = torch.minimum(most + 1, batch.lengths.long())[:, None]
+        columns = torch.arange(int(seen.max()), device=counts.device)
         kept = number.gather(1, longest[:, None])[:, 0]
-        predicting = places(rows, asked.scored_mask, columns.expand(len(batch), -1), kept)[columns < lengths[:, None]]
+        predicting = places(rows, asked.scored_mask, columns.expand(len(batch), -1), kept)[columns < seen]
     else:
         states, rows = hidden_states(model, batch)
         index = places(rows, batch.scored_mask, counts)[wanted]

@@ -39,8 +39,7 @@ from torch.nn.functional import logsigmoid
 from steelyard.config import Config, require_positive, require_range
 from steelyard.data.experience import ExperienceBatch
 from steelyard.errors import ConfigError, NonFiniteError
-from steelyard.nets.completions import plain_rows
-from steelyard.nets.transformer import Transformer
+from steelyard.nets.backbones import final_states, trainable_of, width_of
 from steelyard.objectives.base import Group, Learner, Metrics, Phase
 from steelyard.objectives.preference.pairs import of_pairs
 
@@ -86,14 +85,14 @@ class RewardModel(Learner):
     def __init__(self, config: RewardModelConfig, backbone: nn.Module, generator: torch.Generator) -> None:
         super().__init__()
         self.config, self.backbone = config, backbone
-        width = backbone.config.width if isinstance(backbone, Transformer) else int(backbone.width)  # type: ignore[arg-type]
+        width = width_of(backbone)
         head = torch.randn(width, generator=generator, device=generator.device) / math.sqrt(width + 1)
         self.head = nn.Parameter(head.to(next(backbone.parameters()).device))
         self.groups = {"head": Group((self.head,), config.head_learning_rate, config.weight_decay)}
         if config.frozen:
             backbone.requires_grad_(False)
         else:
-            parameters = _trainable(backbone)
+            parameters = trainable_of(backbone)
             if not parameters:
                 raise ConfigError("reward model: the backbone has no trainable parameter; set frozen, or train it")
             self.groups["backbone"] = Group(parameters, config.learning_rate, config.weight_decay)
@@ -102,11 +101,7 @@ class RewardModel(Learner):
     def reward(self, batch: ExperienceBatch) -> Tensor:
         """Return r(x, y) float32 [N] of each completion, with gradients where they are enabled."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
-            if isinstance(self.backbone, Transformer):
-                rows = plain_rows(batch)
-                features = self.backbone.features(rows.tokens).flatten(0, 1)[rows.ends]
-            else:
-                features = self.backbone.final_states(batch)  # type: ignore[operator]
+            features = final_states(self.backbone, batch)
         return (features.float() * self.head).sum(1)
 
     def loss_reward(self, batch: ExperienceBatch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
@@ -167,10 +162,3 @@ class RewardModel(Learner):
                     }
                 )
         return rows
-
-
-def _trainable(backbone: nn.Module) -> tuple[nn.Parameter, ...]:
-    if isinstance(backbone, Transformer):
-        return tuple(p for p in backbone.parameters() if p.requires_grad)
-    groups: dict[str, tuple[nn.Parameter, ...]] = backbone.trainable()  # type: ignore[operator]
-    return groups.get("policy", ())

@@ -13,7 +13,7 @@ sample, which an absolute reward does not give.
 | symbol | code |
 |---|---|
 | \hat q | 1 - `batch.targets` [N, K], `data/restart_labels.py`; the first mean is over all of them |
-| l | `read(batch).log_odds` [N, K], log-odds of "no better" |
+| l | `nets.self_eval.read(...).log_odds` [N, K], log-odds of "no better" |
 | \sigma(l) | `score` [N] |
 | w | `config.kl_weight` |
 | D | `divergence` [M], at the completions' tokens; the second mean |
@@ -48,7 +48,6 @@ from steelyard.nets.self_eval import (
     AnyEvaluator,
     AnyReaderConfig,
     ProbeEvaluator,
-    Reading,
     SuffixConfig,
     head,
     hidden_states,
@@ -59,6 +58,8 @@ from steelyard.objectives.base import Group, Learner, Metrics, Phase
 
 BLOCK = 1 << 22
 """Entries of one block of logits."""
+KEPT = 1 << 26
+"""At most so many logits are kept for the backward pass; more are recomputed."""
 Teacher = tuple[Tensor, Tensor, Tensor]
 """What `likeliest` returns."""
 
@@ -158,12 +159,9 @@ class SelfEvaluation(Learner):
 
     @torch.no_grad()
     def score(self, batch: ExperienceBatch) -> Tensor:
-        """Return P(no fresh sample would be better) float32 [N] of whole completions, calibrated."""
-        return self.evaluator.probability(self.read(batch, batch.lengths.long()[:, None]).log_odds[:, 0])
-
-    def read(self, batch: ExperienceBatch, counts: Tensor) -> Reading:
-        """Return what the model says after the first `counts` int64 [N, K] tokens of each completion."""
-        return read(self.model, self.evaluator, batch, counts)
+        """Return P(no fresh sample would be better) float32 [N], calibrated, after all tokens (leave EOS out)."""
+        where = batch.lengths.long()[:, None]
+        return self.evaluator.probability(read(self.model, self.evaluator, batch, where).log_odds[:, 0])
 
 
 def _has_reference(model: Any) -> bool:
@@ -225,7 +223,7 @@ def divergence(
 ) -> Tensor:
     """Return D [M] of a teacher from softmax(states weight^T + bias); all but its likeliest tokens are one outcome.
 
-    The logits [M, V] are computed in blocks, and again in the backward pass.
+    The logits [M, V] are computed in blocks; where they are many, again in the backward pass.
 
     Args:
         states: [M, W].
@@ -234,12 +232,14 @@ def divergence(
         teacher: what `likeliest` returned.
         reserved: ids that neither distribution can draw.
     """
-    parts = [
-        checkpoint(
-            _divergence, states[rows], weight, bias, *(part[rows] for part in teacher), reserved, use_reentrant=False
-        )
-        for rows in _blocks(states, weight)
-    ]
+    parts = []
+    for rows in _blocks(states, weight):
+        tokens, logps, others = (part[rows] for part in teacher)
+        inputs = (states[rows], weight, bias, tokens, logps, others, reserved)
+        if len(states) * len(weight) > KEPT:
+            parts.append(checkpoint(_divergence, *inputs, use_reentrant=False))
+        else:
+            parts.append(_divergence(*inputs))
     return torch.cat(parts) if parts else states.new_zeros(0)
 
 

@@ -17,24 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from steelyard.adapt.best_of_n import sample
-from steelyard.adapt.compute_policy import (
-    Backend,
-    Budget,
-    ComputePolicy,
-    PruneRule,
-    StopRule,
-    TemperatureSchedule,
-    Trace,
-)
+from steelyard.adapt.compute_policy import PruneRule, TemperatureSchedule, Trace
 from steelyard.adapt.decoding import ModelBackend
 from steelyard.adapt.replay import ReplayBackend
-from steelyard.adapt.selection import expected_reward
-from steelyard.bench.calibration import auc_across, auc_within
 from steelyard.config import Config, require_positive
+from steelyard.data.buffer import trimmed
 from steelyard.data.prefixes import PoolTokens, PrefixSource
 from steelyard.data.sample_pool import SamplePool
 from steelyard.data.sampler import EpochSampler
@@ -42,7 +32,6 @@ from steelyard.envs.arithmetic import (
     ASK,
     EOS,
     NO,
-    STRATA,
     VOCAB_SIZE,
     YES,
     ArithmeticConfig,
@@ -57,16 +46,28 @@ from steelyard.envs.arithmetic import (
 )
 from steelyard.envs.samplers import SamplingConfig
 from steelyard.errors import ConfigError
-from steelyard.data.buffer import trimmed
 from steelyard.nets.self_eval import ProbeConfig, SlotConfig, SuffixConfig, build_evaluator
 from steelyard.nets.tiny_lm import TinyLM
 from steelyard.nets.transformer import INIT_STD, TransformerConfig
 from steelyard.objectives.base import Learner
 from steelyard.objectives.preference import PREFERENCE_OBJECTIVES, build_preference_learner
 from steelyard.objectives.self_eval import SelfEvalConfig, SelfEvaluation
-from steelyard.recipes.adaptive_statistics import Outcome, averaged, choose_threshold, outcome
+from steelyard.recipes.adaptive_replays import (
+    ADAPTIVE,
+    BOTH,
+    MIXES,
+    VERIFIER,
+    Replays,
+    counts_of,
+    enough_for,
+    gate_rows,
+    policy_of,
+    reader_rows,
+    rows_of_outcomes,
+    strata_rows,
+)
 from steelyard.recipes.hyre_jobs import Row
-from steelyard.rng import derive_seed, numpy_generator, torch_generator
+from steelyard.rng import derive_seed, torch_generator
 from steelyard.train.guards import FiniteGuard
 from steelyard.train.loop import update
 from steelyard.train.optim import OptimConfig, Optimizers
@@ -80,17 +81,8 @@ READERS: dict[ReaderName, SuffixConfig | SlotConfig | ProbeConfig] = {
     "slot": SlotConfig(yes_token=YES, no_token=NO),
     "probe": ProbeConfig(hidden=(128, 128)),
 }
-MIXES: dict[str, dict[Stratum, float]] = {
-    "easy-heavy": {"easy": 0.75, "medium": 0.15, "hopeless": 0.10},
-    "mixed": {"easy": 0.35, "medium": 0.35, "hopeless": 0.30},
-}
-"""Shares of the strata among test prompts."""
 TRAINING: dict[Stratum, float] = {"easy": 0.4, "medium": 0.4, "hopeless": 0.2}
 """The same of what is trained on."""
-VERIFIER = "verifier"
-"""Column of P(right) by a model of its own."""
-ONE, BEST = "one sample, T = 1", "best of {} by self-evaluation"
-GREEDY, ADAPTIVE, BOTH = "greedy", "adaptive, T = 1", "adaptive and annealed"
 
 
 @dataclass(frozen=True)
@@ -196,25 +188,6 @@ def _fit(learner: Learner, draw: Callable[[int], Any], steps: int, seed: int) ->
         update(learner, optimizers, draw(step), seed, step, guard)
 
 
-def counts_of(shares: Mapping[Stratum, float], count: int) -> dict[Stratum, int]:
-    """Return how many problems of each stratum a mix of `count` has."""
-    found = {stratum: round(share * count) for stratum, share in shares.items()}
-    found["easy"] += count - sum(found.values())
-    return found
-
-
-def enough_for(mixes: Mapping[str, Mapping[Stratum, float]], count: int) -> dict[Stratum, int]:
-    """Return how many problems of each stratum serve every mix of `count`."""
-    return {stratum: max(counts_of(shares, count)[stratum] for shares in mixes.values()) for stratum in STRATA}
-
-
-def mix_rows(pool: SamplePool, shares: Mapping[Stratum, float], count: int) -> npt.NDArray[np.int64]:
-    """Return which prompts of a pool make up a mix: the first so many of each stratum."""
-    wanted = counts_of(shares, count)
-    strata = np.array([item.stratum for item in pool])
-    return np.concatenate([np.flatnonzero(strata == stratum)[: wanted[stratum]] for stratum in STRATA])
-
-
 class Pools:
     """Samples of a model: one pool at temperature 1 and one annealed, of the same prompts."""
 
@@ -298,131 +271,6 @@ def with_verifier(
     return found
 
 
-# ---- what is replayed ----
-
-
-def policy_of(
-    threshold: float | None,
-    kind: Literal["constant", "annealed"],
-    samples: int,
-    prune: PruneRule | None = None,
-    prior_strength: float = 0.0,
-) -> ComputePolicy:
-    """Return a policy that stops at a threshold; None: all samples at once."""
-    if threshold is None:
-        stop, waves = StopRule("never"), (samples,)
-    else:
-        stop, waves = StopRule("threshold", threshold, prior_strength), (1,)
-    return ComputePolicy(TemperatureSchedule(kind), stop, prune or PruneRule(), Budget(samples), waves)
-
-
-class Replays:
-    """Rules replayed on the pools of some prompts."""
-
-    def __init__(self, study: ArithmeticStudy, constant: SamplePool, annealed: SamplePool, extra_tokens: int) -> None:
-        self.study, self.constant, self.annealed, self.extra = study, constant, annealed, extra_tokens
-        self._orders = [ReplayBackend(constant, order, extra_tokens) for order in range(study.orders)]
-        self._annealed = ReplayBackend(annealed, extra_tokens=extra_tokens)
-        self._absolute = [
-            ReplayBackend(constant.with_scores(constant.array(VERIFIER), None), order, extra_tokens)
-            for order in range(study.orders)
-        ]
-
-    def adaptive(self, name: str, threshold: float, prior_strength: float = 0.0) -> Outcome:
-        """Return what stopping at a threshold comes to."""
-        kind: Literal["constant", "annealed"] = "annealed" if name.startswith(BOTH) else "constant"
-        policy = policy_of(threshold, kind, self.study.samples, prior_strength=prior_strength)
-        backends: Sequence[Backend] = [self._annealed] if kind == "annealed" else self._orders
-        if name.startswith("absolute"):
-            backends = self._absolute
-        return self._mean(name, backends, policy)
-
-    def pruned(self, name: str, prune: PruneRule) -> Outcome:
-        """Return what giving up a part of N parallel samples comes to."""
-        policy = policy_of(None, "constant", self.study.samples, prune)
-        # scores decide the same in every order; random pruning does not
-        return self._mean(name, self._orders if prune.kind == "random" else self._orders[:1], policy)
-
-    def _mean(self, name: str, backends: Sequence[Backend], policy: ComputePolicy) -> Outcome:
-        count = len(self.constant)
-        return averaged([outcome(name, sample(one, count, policy, seed=k)) for k, one in enumerate(backends)])
-
-    def one(self) -> Outcome:
-        """Return one sample at temperature 1, the mean over all N."""
-        return self._fixed(ONE, self.constant.array("rewards").mean(1), 1, 0)
-
-    def greedy(self) -> Outcome:
-        """Return the greedy sample."""
-        lengths = self.annealed.array("lengths")[:, 0]
-        ones = np.ones(len(lengths))
-        return Outcome(GREEDY, self.annealed.array("rewards")[:, 0], ones, lengths, 0 * ones)
-
-    def best(self, rule: str, name: str, k: int) -> Outcome:
-        """Return best-of-k by a rule, the mean over all subsets."""
-        return self._fixed(name, expected_reward(self.constant, rule, k), k, self.extra if rule == "score" else 0)
-
-    def _fixed(self, name: str, rewards: npt.NDArray[np.float64], k: int, extra: int) -> Outcome:
-        lengths = self.constant.array("lengths").mean(1)
-        return Outcome(name, rewards, np.full(len(rewards), float(k)), k * lengths, np.full(len(rewards), k * extra))
-
-
-PRUNING: dict[str, PruneRule] = {
-    "lowest scores": PruneRule("quantile"),
-    "scores below 0.1": PruneRule("absolute"),
-    "at random": PruneRule("random"),
-}
-
-
-def rows_of_outcomes(study: ArithmeticStudy, validation: Replays, test: Replays, seed: int) -> list[Row]:
-    """Return one row a mix and way of spending compute, with its outcome prompt by prompt."""
-    n = study.samples
-    fixed = [test.one(), test.greedy()]
-    fixed += [test.best("score", BEST.format(k), k) for k in (2, 4, 8, 16) if k < n]
-    best = test.best("score", BEST.format(n), n)
-    fixed += [
-        best,
-        test.best(VERIFIER, f"best of {n} by an external verifier", n),
-        test.best("logp", f"best of {n} by mean log-probability", n),
-        test.best("certainty", f"best of {n} by self-certainty", n),
-        test.best("majority", f"majority of {n}", n),
-        test.best("oracle", f"best of {n} by an oracle", n),
-    ]
-    ways = {ADAPTIVE: 0.0, BOTH: 0.0, f"{BOTH}, shrunk": 2.0, "absolute correctness, T = 1": 0.0}
-    curves = {
-        name: [
-            (threshold, validation.adaptive(name, threshold, prior), test.adaptive(name, threshold, prior))
-            for threshold in study.thresholds
-        ]
-        for name, prior in ways.items()
-    }
-    pruned = [
-        test.pruned(f"{name}, {share:.0%}", dataclasses.replace(rule, at=study.checkpoints, fraction=share))
-        for share in study.pruned
-        for name, rule in PRUNING.items()
-        if rule.kind != "absolute" or share == study.pruned[0]
-    ]
-    rows: list[Row] = []
-    for mix, shares in MIXES.items():
-        here = mix_rows(test.constant, shares, study.test_prompts)
-        there = mix_rows(validation.constant, shares, study.validation_prompts)
-
-        def row(group: str, found: Outcome, threshold: float | None = None, most: float | None = None) -> Row:
-            kept = found.take(here)  # noqa: B023 - called in this very turn
-            numbers = {name: getattr(kept, name).tolist() for name in ("rewards", "samples", "decoded", "evaluated")}
-            identity = {"kind": "outcome", "seed": seed, "mix": mix, "group": group, "name": found.name}  # noqa: B023
-            return identity | {"threshold": threshold, "most": most} | numbers
-
-        rows += [row("fixed", found) for found in fixed] + [row("pruned", found) for found in pruned]
-        for name, curve in curves.items():
-            seen = [(threshold, held_out.take(there)) for threshold, held_out, _ in curve]
-            by_threshold = {threshold: found for threshold, _, found in curve}
-            rows += [row("curve", found, threshold) for threshold, found in by_threshold.items()]
-            for most in study.most_samples:
-                chosen = choose_threshold(seen, most)
-                rows.append(row("chosen", by_threshold[chosen], chosen, most))
-    return rows
-
-
 # ---- the job ----
 
 
@@ -433,17 +281,21 @@ def work(job: SeedJob) -> list[Row]:
     policy = train_policy(study, seed)
     clock("policy")
     unread = TrainedSelfEval(policy, None, None)  # type: ignore[arg-type]
-    drawn = Pools(study, unread, _problems(study, "train", counts_of(TRAINING, study.train_prompts), seed), seed, "train")
+    problems = {
+        stream: _problems(study, stream, counts_of(TRAINING, count), seed)
+        for stream, count in (("train", study.train_prompts), ("held out", study.validation_prompts))
+    }
+    drawn = Pools(study, unread, problems["train"], seed, "train")
+    # both pools: readers will meet annealed samples, too
     train = SamplePool(drawn.constant.items + drawn.annealed.items, source="arithmetic")
-    held = Pools(study, unread, _problems(study, "held out", counts_of(TRAINING, study.validation_prompts), seed), seed,
-                 "held out")  # fmt: skip
+    held = Pools(study, unread, problems["held out"], seed, "held out").constant
     clock("samples")
     rows: list[Row] = []
     readers = {}
     for name in study.readers:
-        readers[name] = train_reader(study, name, policy, train, held.constant, seed)
+        readers[name] = train_reader(study, name, policy, train, held, seed)
         clock(f"reader {name}")
-        rows += _reader_rows(name, readers[name], held.constant, study, seed)
+        rows += reader_rows(name, readers[name], seed)
     main = readers[study.reader]
     problems = {
         stream: _problems(study, stream, enough_for(MIXES, count), seed)
@@ -457,7 +309,7 @@ def work(job: SeedJob) -> list[Row]:
     validation = Replays(study, verified[0], found["validation"].annealed, extra)
     test = Replays(study, verified[1], found["test"].annealed, extra)
     rows += rows_of_outcomes(study, validation, test, seed)
-    rows += _strata_rows(test, seed) + _gate_rows(test, study, seed) + _live_rows(study, found["test"], seed)
+    rows += strata_rows(test, seed) + gate_rows(test, study, seed) + _live_rows(study, found["test"], seed)
     clock("replays")
     return rows + [{"kind": "cost", "seed": seed, "step": step, "cpu_seconds": s} for step, s in clock.seconds.items()]
 
@@ -476,66 +328,6 @@ class _Clock:
 
 def _problems(study: ArithmeticStudy, stream: str, counts: Mapping[Stratum, int], seed: int) -> list[str]:
     return draw_problems(study.language, counts, seed, stream)
-
-
-def _reader_rows(
-    name: str, trained: TrainedSelfEval, held_out: SamplePool, study: ArithmeticStudy, seed: int
-) -> list[Row]:
-    report = trained.report
-    assert report is not None
-    drift = report.drift
-    rows = []
-    for one in report.rows:
-        rows.append(
-            {
-                "kind": "reader",
-                "seed": seed,
-                "reader": name,
-                "where": one.where,
-                "within": None if one.within is None else one.within.value,
-                "across": None if one.across is None else one.across.value,
-                "ece": one.ece,
-                "brier": one.brier,
-                "extra_tokens": trained.evaluator.extra_tokens,
-                "kl": 0.0 if drift is None else drift.kl,
-                "greedy_match": 1.0 if drift is None else drift.greedy_match,
-            }
-        )
-    return rows
-
-
-def _strata_rows(test: Replays, seed: int) -> list[Row]:
-    strata = np.array([item.stratum for item in test.constant])
-    rewards = test.constant.array("rewards")
-    greedy, best = test.greedy().rewards, expected_reward(test.constant, "score", rewards.shape[1])
-    return [
-        {
-            "kind": "stratum",
-            "seed": seed,
-            "stratum": stratum,
-            "prompts": int((strata == stratum).sum()),
-            "one": float(rewards[strata == stratum].mean()),
-            "greedy": float(greedy[strata == stratum].mean()),
-            "best": float(best[strata == stratum].mean()),
-            "oracle": float(rewards[strata == stratum].max(1).mean()),
-        }
-        for stratum in STRATA
-    ]
-
-
-def _gate_rows(test: Replays, study: ArithmeticStudy, seed: int) -> list[Row]:
-    """Return the AUCs of the scores on test prompts, whose samples the trained model itself drew."""
-    rows = []
-    for mix, shares in MIXES.items():
-        pool = test.constant.take(mix_rows(test.constant, shares, study.test_prompts).tolist())
-        scores, rewards = pool.array("scores"), pool.array("rewards")
-        within = auc_within(scores, rewards, numpy_generator(seed, "auc"))
-        across = auc_across(scores, rewards, numpy_generator(seed, "auc"), resamples=100)
-        for name, one in (("within", within), ("across", across)):
-            if one is not None:
-                rows.append({"kind": "auc", "seed": seed, "mix": mix, "name": name, "value": one.value, "low": one.low,
-                             "high": one.high, "prompts": one.n})  # fmt: skip
-    return rows
 
 
 def _live_rows(study: ArithmeticStudy, pools: Pools, seed: int) -> list[Row]:

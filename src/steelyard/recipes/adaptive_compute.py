@@ -18,8 +18,7 @@ Parts of the page, each optional:
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,17 +27,29 @@ from rich.console import Console
 from steelyard import runtime
 from steelyard.config import Config, config_hash, flatten, plain, require_positive, to_json
 from steelyard.errors import ConfigError, DataError, MissingExtraError, require
+from steelyard.recipes import (
+    adaptive_actions,
+    adaptive_arithmetic,
+    adaptive_cost,
+    adaptive_pools,
+    adaptive_smollm2,
+)
+from steelyard.recipes.adaptive_actions import ActionStudy
+from steelyard.recipes.adaptive_arithmetic_runs import ArithmeticStudy
+from steelyard.recipes.adaptive_cost import CostStudy
+from steelyard.recipes.adaptive_pools import PoolsStudy
+from steelyard.recipes.adaptive_smollm2 import SmolLMStudy
 from steelyard.recipes.preference_findings import Finding, claims_table, tally
 from steelyard.report.page import Page, Section, write_page
 from steelyard.report.tables import Table
 
 Part = Literal["tier1", "tier2", "pools", "actions", "cost"]
-MODULES: dict[Part, str] = {
-    "tier1": "adaptive_arithmetic",
-    "tier2": "adaptive_smollm2",
-    "pools": "adaptive_pools",
-    "actions": "adaptive_actions",
-    "cost": "adaptive_cost",
+MODULES: dict[Part, Any] = {
+    "tier1": adaptive_arithmetic,
+    "tier2": adaptive_smollm2,
+    "pools": adaptive_pools,
+    "actions": adaptive_actions,
+    "cost": adaptive_cost,
 }
 
 
@@ -56,6 +67,17 @@ class AdaptiveStudy(Config):
     out: str | None = None
     """Directory of the rows and the page; default: runs/adaptive_compute-SIZE-HASH. A stopped study goes on there."""
 
+    tier1: ArithmeticStudy = field(default_factory=ArithmeticStudy)
+    """E7, E8 and E9 on arithmetic."""
+    tier2: SmolLMStudy = field(default_factory=SmolLMStudy)
+    """The same of a language model on reasoning tasks."""
+    pools: PoolsStudy = field(default_factory=PoolsStudy)
+    """E10."""
+    actions: ActionStudy = field(default_factory=ActionStudy)
+    """Action chunks of a robot."""
+    cost: CostStudy = field(default_factory=CostStudy)
+    """E11."""
+
     def __post_init__(self) -> None:
         """Check that there is something to do."""
         if not self.parts:
@@ -67,16 +89,15 @@ def run(config: AdaptiveStudy, size: str) -> Path:
     """Carry out the parts, or go on with them, and write report.html and report.md. Return the former's path."""
     console = Console()
     require("matplotlib", "report")  # the page comes last; nobody should wait for it in vain
-    studies = {part: _study(part, config, size) for part in config.parts}
-    name = config_hash(studies["tier1"])[:8] if "tier1" in studies else "parts"
-    out = Path(config.out or f"runs/adaptive_compute-{size}-{name}")
+    unplaced = replace(config, out=None, workers=1, parts=("tier1",))
+    out = Path(config.out or f"runs/adaptive_compute-{size}-{config_hash(unplaced)[:8]}")
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.json").write_text(to_json(config), encoding="utf-8")
     sections: list[Section] = []
     claims: list[Finding] = []
-    for part, study in studies.items():
+    for part in config.parts:
         try:
-            more, says = _module(part).run(study, out / part, config.workers, console)
+            more, says = MODULES[part].run(_study(part, config), out / part, config.workers, console)
         except (MissingExtraError, DataError) as error:
             console.print(f"{part}: left out: {error}", markup=False, highlight=False)
             more, says = [Section(f"Left out: {part}").text(str(error))], []
@@ -88,7 +109,7 @@ def run(config: AdaptiveStudy, size: str) -> Path:
         section.notes([f"Does not hold here: {one.claim}" for one in claims if one.verdict == "does not hold"])
         section.table(claims_table(claims))
     page.sections += sections
-    page.sections.append(_provenance(config, studies, size))
+    page.sections.append(_provenance(config, size))
     path = write_page(page, out)
     for one in claims:
         console.print(f"{one.verdict}: {one.claim}: {one.measured}", markup=False, highlight=False)
@@ -96,13 +117,9 @@ def run(config: AdaptiveStudy, size: str) -> Path:
     return path
 
 
-def _module(part: Part) -> Any:
-    return importlib.import_module(f"steelyard.recipes.{MODULES[part]}")
-
-
-def _study(part: Part, config: AdaptiveStudy, size: str) -> Any:
+def _study(part: Part, config: AdaptiveStudy) -> Any:
     """Return the settings of a part; those that read data are told where they are."""
-    study = _module(part).PRESETS[size]
+    study = getattr(config, part)
     return replace(study, data=config.data) if "data" in {one.name for one in fields(study)} else study
 
 
@@ -111,26 +128,30 @@ def _lead(found: list[Finding], config: AdaptiveStudy) -> str:
     return f"Of {len(found)} claims, {tally(found)}. {parts}" if found else parts
 
 
-def _provenance(config: AdaptiveStudy, studies: dict[Part, Any], size: str) -> Section:
+def _provenance(config: AdaptiveStudy, size: str) -> Section:
     """Return where the numbers come from: files, settings and machine."""
     section = Section("Where the numbers come from")
     section.text(
         f"steelyard run adaptive_compute --size {size}. Beside this page, one folder for each part with its rows. "
         "Thresholds are chosen on validation prompts, never on those of the tables; nothing was left out of a mean."
     )
-    settings = [(key, str(value)) for key, value in flatten(plain(config)).items()]
-    for part, study in studies.items():
-        settings += [(f"{part}.{key}", str(value)) for key, value in flatten(plain(study)).items()]
+    settings = tuple((key, str(value)) for key, value in flatten(plain(config)).items())
     machine = tuple((key, str(value)) for key, value in flatten(runtime.describe()).items())
     return section.table(
-        Table("Settings", "The whole config of this call.", ("key", "value"), tuple(settings)),
+        Table("Settings", "The whole config of this call.", ("key", "value"), settings),
         Table("Environment", "Where the page was written.", ("key", "value"), machine),
     )
 
 
 PRESETS = {
-    "tiny": AdaptiveStudy(parts=("tier1", "actions", "cost")),
-    "small": AdaptiveStudy(),
-    "paper": AdaptiveStudy(),
+    size: AdaptiveStudy(
+        parts=("tier1", "actions", "cost") if size == "tiny" else ("tier1", "tier2", "pools", "actions", "cost"),
+        tier1=adaptive_arithmetic.PRESETS[size],
+        tier2=adaptive_smollm2.PRESETS[size],
+        pools=adaptive_pools.PRESETS[size],
+        actions=adaptive_actions.PRESETS[size],
+        cost=adaptive_cost.PRESETS[size],
+    )
+    for size in ("tiny", "small", "paper")
 }
 """tiny: no data and no language model needed; small and paper: with the extra `lm`, and `--data` for real pools."""

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.numpy
 from rich.console import Console
 
 from steelyard.adapt.best_of_n import sample
@@ -74,9 +75,9 @@ class PoolsStudy(Config):
     """Which of them."""
     samples: int = 16
     """Most samples of a prompt in a replay, N; pools with fewer use all they have."""
-    kept: int = 24
+    kept: int = 20
     """Samples of a prompt that are read at all; the others of a large pool are left out at random."""
-    prompts: int = 600
+    prompts: int = 300
     """Most prompts of a pool; the first ones."""
     folds: int = 5
     """Parts of the prompts: one is tested, the next one validates, the others train."""
@@ -90,7 +91,7 @@ class PoolsStudy(Config):
     """a of the rules that shrink the chance of a better sample after every failure."""
     labels: RestartLabelConfig = field(default_factory=lambda: RestartLabelConfig(0.25, "quantile"))
     """When a sample counts as better; a quantile of 0.25 is 0 where rewards are 0 and 1."""
-    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(max_prompt_tokens=64, max_tokens=192))
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(max_prompt_tokens=48, max_tokens=128))
     """What reads the texts."""
     seed: int = 0
     """Of folds and of the samples that are left out."""
@@ -107,22 +108,31 @@ class PoolsStudy(Config):
 PRESETS: dict[str, PoolsStudy] = {
     "tiny": PoolsStudy(pools=("math",), orders=2, kept=8),
     "small": PoolsStudy(),
-    "paper": PoolsStudy(kept=100, orders=32, encoder=EncoderConfig()),
+    "paper": PoolsStudy(kept=100, prompts=1_000, orders=32, encoder=EncoderConfig()),
 }
 """Sizes; "paper" reads every sample, uncut up to 256 tokens."""
 
 
 @dataclass(frozen=True)
 class PoolJob:
-    """One pool."""
+    """One pool.
+
+    Attributes:
+        config: of the study.
+        pool: its name.
+        out: folder of the study, where the features are.
+        stage: "texts" are read before rules are tried.
+    """
 
     config: PoolsStudy
     pool: PoolName
+    out: str
+    stage: Literal["texts", "rules"]
 
     @property
     def name(self) -> str:
-        """Of the pool."""
-        return self.pool
+        """Of its file."""
+        return f"{self.pool} {self.stage}"
 
 
 def run(config: PoolsStudy, out: Path, workers: int, console: Console) -> tuple[list[Section], list[Finding]]:
@@ -140,10 +150,9 @@ def run(config: PoolsStudy, out: Path, workers: int, console: Console) -> tuple[
     if config.data is None:
         raise DataError("real sample pools cannot be generated; give the folder that holds them: --data DIR")
     begin(out, replace(config, data=None))  # where the data lie is no setting
-    for name in config.pools:
-        console.print(f"pools: {name}: reading texts", markup=False, highlight=False)
-        prepare(PoolJob(config, name))  # the encoder once, in this process; jobs find its features in the cache
-    rows = carry_out([PoolJob(config, name) for name in config.pools], work, out, "real pools", workers)
+    jobs = [PoolJob(config, name, str(out), "texts") for name in config.pools]
+    carry_out(jobs, see, out, "real pools: texts", workers)
+    rows = carry_out([replace(job, stage="rules") for job in jobs], work, out, "real pools: rules", workers)
     kinds = {
         kind: [row["values"] for row in rows if row["kind"] == kind]
         for kind in ("prompts", "evaluators", "settings", "pools")
@@ -188,26 +197,50 @@ class Prepared:
     words: int
 
 
-def prepare(job: PoolJob) -> Prepared:
-    """Read a pool and the features of its texts, which are kept in the library's cache."""
+def samples_of(job: PoolJob) -> tuple[SamplePool, int]:
+    """Return the samples that are used, and after how many words half of them are given up."""
     config = job.config
     assert config.data is not None
     pool = thinned(read_pool(job.pool, config.data), config.kept, config.seed)
     pool = pool.take(range(min(len(pool), config.prompts)))
-    words = max(1, int(np.median(pool.array("lengths")) / 2))
-    encoder = load_encoder(config.encoder)
-    count = len(pool.items[0].rewards)
+    return pool, max(1, int(np.median(pool.array("lengths")) / 2))
 
-    def seen(limit: int | None) -> Floats:
-        vectors = cached_features(cache_folder() / "features", encoder.key, texts_of(pool, limit), encoder.encode)
-        shaped = vectors.astype(np.float64).reshape(len(pool), count, -1)
-        return np.concatenate([shaped, log_lengths(pool, limit)], 2)
 
-    whole = seen(None)
+def _features(job: PoolJob) -> Path:
+    return Path(job.out) / f"{job.pool}.safetensors"
+
+
+def see(job: PoolJob) -> list[Row]:
+    """Write the vectors of a pool's texts, whole and cut, into the study's folder; the cache spares doing it again."""
+    pool, words = samples_of(job)
+    encoder = load_encoder(job.config.encoder)
+    vectors = {
+        name: cached_features(cache_folder() / "features", encoder.key, texts_of(pool, limit), encoder.encode)
+        for name, limit in (("whole", None), ("cut", words))
+    }
+    unfinished = _features(job).with_suffix(".part")
+    safetensors.numpy.save_file(vectors, unfinished)
+    unfinished.rename(_features(job))
+    return []
+
+
+def prepare(job: PoolJob) -> Prepared:
+    """Return a pool with the features of its texts."""
+    pool, words = samples_of(job)
+    vectors = safetensors.numpy.load_file(_features(job))
+    shape = pool.rewards().shape
+
+    def seen(name: str, limit: int | None) -> Floats:
+        return np.concatenate([vectors[name].astype(np.float64).reshape(*shape, -1), log_lengths(pool, limit)], 2)
+
+    whole = seen("whole", None)
     features = {TEXT: whole, LENGTH: log_lengths(pool), ABSOLUTE: whole}
     if all("rm_score" in item.columns for item in pool):
         features[REWARD] = pool.array("rm_score")[..., None]
-    return Prepared(pool, features, seen(words), words)
+    return Prepared(pool, features, seen("cut", words), words)
+
+
+_NUMBERS = ("rewards", "samples", "decoded", "evaluated")
 
 
 def work(job: PoolJob) -> list[Row]:
@@ -232,11 +265,9 @@ def work(job: PoolJob) -> list[Row]:
     for name, parts in outcomes.items():
         for tested, one in parts:
             for place, prompt in enumerate(tested):
-                values = {"pool": job.pool, "way": name, "prompt": int(prompt)}
-                values |= {
-                    key: float(getattr(one, key)[place]) for key in ("rewards", "samples", "decoded", "evaluated")
-                }
-                rows.append({"kind": "prompts", "values": values})
+                numbers = {key: float(getattr(one, key)[place]) for key in _NUMBERS}
+                row = {"pool": job.pool, "way": name, "prompt": int(prompt), **numbers}
+                rows.append({"kind": "prompts", "values": row})
     rows += [{"kind": "evaluators", "values": {"pool": job.pool, **row}} for row in judged(scores, rewards, margin)]
     about = {"prompts": len(rewards), "samples": rewards.shape[1], "reward": float(rewards.mean()),
              "varied": float(np.mean(rewards.max(1) > rewards.min(1) + margin)), "margin": margin,
@@ -266,11 +297,11 @@ def judged(scores: Mapping[str, Floats], rewards: Floats, margin: float) -> list
     for name, values in scores.items():
         generator = numpy_generator(0, f"adaptive/pools/{name}")
         within, across = auc_within(values, rewards, generator, margin), auc_across(values, rewards, generator, margin)
-        rows.append(
-            {"evaluator": name, "auc_within": within.value, "auc_within_low": within.low,
-             "auc_within_high": within.high, "auc_across": across.value, "auc_across_low": across.low,
-             "auc_across_high": across.high, "ece": ece(values.ravel(), targets.ravel())}
-        )  # fmt: skip
+        row: Row = {"evaluator": name, "ece": ece(values.ravel(), targets.ravel())}
+        for where, found in (("within", within), ("across", across)):
+            row |= {f"auc_{where}": found and found.value, f"auc_{where}_low": found and found.low,
+                    f"auc_{where}_high": found and found.high}  # fmt: skip
+        rows.append(row)
     return rows
 
 

@@ -66,10 +66,10 @@ def sections(kinds: Kinds) -> list[Section]:
     section = Section("E10: real samples, evaluators trained on their text")
     section.text(
         "Old samples of other models are replayed. The evaluators read text through a small frozen encoder and are far "
-        "weaker than the models that wrote it; AUC within prompts says how much. Lengths are in words and signs. Every prompt is "
-        "tested once; evaluators, calibration and thresholds come from other prompts. Samples are taken in several "
-        "random orders. With rewards of 0 and 1 the rule of expected gain is the threshold rule under another name, so "
-        "it has no row."
+        "weaker than the models that wrote it; AUC within prompts says how much. Lengths are in words and signs. Every "
+        "prompt is tested once; evaluators, calibration and thresholds come from other prompts. Samples are taken in "
+        "several random orders. With rewards of 0 and 1 the rule of expected gain is the threshold rule under another "
+        "name, so it has no row."
     )
     section.notes([_gate(kinds, name) for name in names])
     section.table(_pools(kinds["pools"]), _evaluators(kinds["evaluators"]))
@@ -112,7 +112,7 @@ def _difference(policy: Outcome, found: Mapping[str, Outcome]) -> Estimate | Non
 def _gate(kinds: Kinds, name: str) -> str:
     found = outcomes_of(kinds["prompts"], name)
     auc = next(row for row in kinds["evaluators"] if row["pool"] == name and row["evaluator"] == TEXT)
-    _, sentence = gate(float(auc["auc_within"]), found[ONE], found[BEST.format(TEXT)], found[ORACLE])
+    _, sentence = gate(float(auc["auc_within"] or 0.0), found[ONE], found[BEST.format(TEXT)], found[ORACLE])
     return f"{name}: {sentence}"
 
 
@@ -133,6 +133,8 @@ def _pools(rows: Sequence[Row]) -> Table:
 
 def _evaluators(rows: Sequence[Row]) -> Table:
     def cell(row: Row, name: str) -> str:
+        if row[name] is None:
+            return "-"
         return f"{number(float(row[name]))} [{number(float(row[f'{name}_low']))}, {number(float(row[f'{name}_high']))}]"
 
     return Table(

@@ -6,29 +6,34 @@ is the fraction of the gain of best-of-N over one sample at temperature 1 that a
 over the same prompts, so its interval resamples prompts, the same ones in every term. Where best-of-N gains little, FG
 is a ratio of noise: no interval is given unless the gain itself is above zero.
 
-The gate: a fraction of a gain means something only if there is one. The evaluator must tell good from bad samples of the
-same prompt, and best-of-N by its scores must recover half of what an oracle gets; otherwise greedy decoding looks like
-a triumph of adaptive sampling.
+The gate: a fraction of a gain means something only if there is one. The evaluator must tell good from bad samples of
+one prompt, and best-of-N by its scores must recover half of what an oracle gets; otherwise greedy decoding looks like a
+triumph of adaptive sampling.
 
 Shapes: P prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from steelyard.adapt.compute_policy import Trace
-from steelyard.bench.stats import CONFIDENCE, RESAMPLES, Estimate, cluster_estimate, number
+from steelyard.bench.stats import CONFIDENCE, Estimate, number
 from steelyard.errors import DataError
 from steelyard.report.tables import Cell, Table
 from steelyard.rng import numpy_generator
 
 Floats = npt.NDArray[np.float64]
 
+RESAMPLES = 2000
+"""Of prompts."""
+ENDS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+"""Quantiles of the resamples between which an interval lies."""
 GATE_AUC = 0.75
 """Least AUC within prompts."""
 GATE_GAIN = 0.5
@@ -87,15 +92,15 @@ def joined(outcomes: Sequence[Outcome]) -> Outcome:
     return _merged(outcomes, np.concatenate)
 
 
-def _merged(outcomes: Sequence[Outcome], merge: object) -> Outcome:
-    assert callable(merge)
+def _merged(outcomes: Sequence[Outcome], merge: Callable[[list[Floats]], Floats]) -> Outcome:
     fields = ("rewards", "samples", "decoded", "evaluated")
     return Outcome(outcomes[0].name, *(merge([getattr(one, name) for one in outcomes]) for name in fields))
 
 
 def average(values: Floats) -> Estimate:
     """Return the mean over prompts with its bootstrap interval."""
-    return cluster_estimate(values, range(len(values)), numpy_generator(0, "adaptive/mean"))
+    low, high = np.quantile(_weights(len(values)) @ values, ENDS)
+    return Estimate(float(np.mean(values)), float(low), float(high), len(values))
 
 
 def fraction_of_gain(policy: Outcome, one: Outcome, best: Outcome, minus: Outcome | None = None) -> Estimate | None:
@@ -113,14 +118,20 @@ def fraction_of_gain(policy: Outcome, one: Outcome, best: Outcome, minus: Outcom
     """
     base = one.rewards if minus is None else minus.rewards
     over, gain = policy.rewards - base, best.rewards - one.rewards
-    count = len(gain)
-    weights = numpy_generator(0, "adaptive/fraction").multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    weights = _weights(len(gain))
     gains = weights @ gain
-    if np.quantile(gains, (1 - CONFIDENCE) / 2) <= 0:
+    if np.quantile(gains, ENDS[0]) <= 0:
         return None
     ratios = (weights @ over)[gains > 0] / gains[gains > 0]
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(float(over.mean() / gain.mean()), float(low), float(high), count)
+    low, high = np.quantile(ratios, ENDS)
+    return Estimate(float(over.mean() / gain.mean()), float(low), float(high), len(gain))
+
+
+@functools.lru_cache(maxsize=2)
+def _weights(count: int) -> Floats:
+    """Return resamples of prompts [R, P]: how often each takes which, over P; the same for every statistic."""
+    drawn = numpy_generator(0, "adaptive/prompts").multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return drawn / count
 
 
 def beyond(estimate: Estimate | None, target: float) -> Estimate | None:

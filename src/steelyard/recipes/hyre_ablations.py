@@ -103,16 +103,17 @@ def fewer_users(trials: Trials, counts: Sequence[int]) -> list[Trials]:
     ]
 
 
-def sections(kinds: Kinds, counts: Sequence[int]) -> list[Section]:
-    """Return E6's part of the page."""
-    scores = Scores(kinds["rows"])
+def sections(kinds: Kinds, counts: Sequence[int], splits: int) -> list[Section]:
+    """Return E6's part of the page; head sets are compared on the first splits only, the rule's switches on all."""
+    scores = Scores([row for row in kinds["rows"] if int(row["split"]) < splits])
     section = Section("E6: which head sets can be re-weighted")
-    _meter(section, scores, kinds["diversity"])
+    section.text(f"On {splits} of the splits, for all head sets alike, so E1's numbers differ a little.")
+    _meter(section, scores, [row for row in kinds["diversity"] if int(row["split"]) < splits])
     section.table(_sizes(scores, counts))
     betas = _betas(scores, kinds["settings"], counts)
     if betas is not None:
         section.table(betas)
-    rule = Section("E6: the switches of the rule")
+    rule, scores = Section("E6: the switches of the rule"), Scores(kinds["rows"])
     for world, words in (("agree", "users mostly agree"), ("conflict", "users conflict")):
         if scores.cells(world, ONE_ETA, SHOTS):
             rule.table(_switches(scores, world, words))
@@ -140,19 +141,14 @@ def _switches(scores: Scores, world: str, words: str) -> Table:
 
 
 def _sizes(scores: Scores, counts: Sequence[int]) -> Table:
-    full = len({heads for _, heads, _, _ in scores.found} & {MAIN})
-    rows = []
-    for family in FAMILIES:
-        cells = []
-        for count in counts:
-            names = sized(family, count)
-            uniform, hyre = (100 * scores.mean("agree", method, SHOTS, names) for method in (UNIFORM, HYRE))
-            cells.append("" if np.isnan(hyre) else f"{number(hyre, 1)} ({number(hyre - uniform, 1)})")
-        last = ""
-        if family == USERS and full:
-            uniform, hyre = (100 * scores.mean("agree", method, SHOTS) for method in (UNIFORM, HYRE))
-            last = f"{number(hyre, 1)} ({number(hyre - uniform, 1)})"
-        rows.append((family, *cells, last))
+    def cell(heads: str) -> str:
+        uniform, hyre = (100 * scores.mean("agree", method, SHOTS, heads) for method in (UNIFORM, HYRE))
+        return "" if np.isnan(hyre) else f"{number(hyre, 1)} ({number(hyre - uniform, 1)})"
+
+    rows = [
+        (family, *(cell(sized(family, count)) for count in counts), cell(MAIN) if family == USERS else "")
+        for family in FAMILIES
+    ]
     return Table(
         "How many heads",
         "Accuracy in % of HyRe with 5 labels, in brackets its gain over the uniform mean of the same heads. There are "

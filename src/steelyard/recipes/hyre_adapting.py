@@ -333,7 +333,7 @@ def auto(settings: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Way:
         gaussian, hyre, around = (settings[name][n] for name in ("Gaussian over heads", "HyRe", "head MAP"))
         return Auto((GaussianHeads(**gaussian), HyRe(eta=hyre["eta"]), HeadMAP(**around)))
 
-    return OneByOne("auto (leave one out)", family, {})
+    return OneByOne("auto (leave one out)", family, {}, most_draws=1)
 
 
 @dataclass

@@ -22,15 +22,14 @@ import numpy.typing as npt
 import torch
 
 from steelyard.data.clusters import k_means
-from steelyard.data.labelled import LabelledData, LabelledSource
+from steelyard.data.labelled import LabelledData
 from steelyard.data.pair_tasks import Floats, Ints
 from steelyard.nets.backbones import Trunk
 from steelyard.nets.ensemble import EnsembleHead, HeadsConfig
 from steelyard.objectives.hyre import EnsembleConfig, HyRe
 from steelyard.recipes.hyre_population import Split, Users
 from steelyard.rng import numpy_generator, torch_generator
-from steelyard.train.loop import update
-from steelyard.train.optim import OptimConfig, Optimizers
+from steelyard.workflows.heads import fit_heads
 
 Side = npt.NDArray[np.float32]
 Sees = Callable[[Side, Side], tuple[Floats, Floats]]
@@ -224,14 +223,8 @@ def _on_trunk(spec: HeadSpec, split: Split, groups: Ints, training: Training) ->
     generator = torch_generator(split.number, "hyre/heads")
     learner = HyRe(config, Trunk(split.first.shape[1], (training.trunk,), generator), generator)
     data = LabelledData(split.first, np.ones(len(groups), np.float32), split.second, groups)
-    everything = data.batches(4096)
-    learner.fit_statistics(everything, data.group_counts)
-    optimizers = Optimizers(learner, OptimConfig())
-    source = LabelledSource(data, min(training.batch_size, len(data)), split.number)
-    for step in range(training.epochs * max(1, len(data) // training.batch_size)):
-        update(learner, optimizers, source.batch(step), split.number, step)
-    learner.calibrate(everything)
-    learner.eval()
+    steps = training.epochs * max(1, len(data) // training.batch_size)
+    fit_heads(learner, data, steps, training.batch_size, split.number)
 
     def sees(first: Side, second: Side) -> tuple[Floats, Floats]:
         pairs = LabelledData(first, np.ones(len(first), np.float32), second)

@@ -151,7 +151,10 @@ def run(config: PersonaStudy, out: Path, workers: int, console: Console) -> tupl
     }
     for kind, rows in kinds.items():
         write_rows(out / f"{kind}.csv", rows)
-    page = [*sections(config.population, kinds), *hyre_ablations.sections(kinds, config.head_counts)]
+    page = [
+        *sections(config.population, kinds),
+        *hyre_ablations.sections(kinds, config.head_counts, config.head_set_splits),
+    ]
     for place, world in enumerate(("agree", "conflict")):
         table = network_table(Scores(kinds["rows"]), world, config.network_shots)
         if table is not None:

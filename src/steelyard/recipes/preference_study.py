@@ -29,6 +29,7 @@ from typing import Literal
 from rich.console import Console
 
 from steelyard import runtime
+from steelyard.bench.rows import read_lines
 from steelyard.bench.stats import number
 from steelyard.config import Config, config_hash, flatten, plain, to_json
 from steelyard.errors import ConfigError, require
@@ -119,7 +120,7 @@ def _provenance(config: PreferenceStudy, out: Path, size: str) -> Section:
     with (out / "costs.jsonl").open("a", encoding="utf-8") as file:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         file.write(json.dumps({"cpu_seconds": sum(one.ru_utime + one.ru_stime for one in used)}) + "\n")
-    minutes = [json.loads(line)["cpu_seconds"] / 60 for line in (out / "costs.jsonl").read_text().splitlines()]
+    minutes = [row["cpu_seconds"] / 60 for row in read_lines(out / "costs.jsonl")]
     section = Section("Where the numbers come from")
     section.text(
         f"steelyard run preference_study --size {size}: {number(sum(minutes), 1)} CPU-minutes in {len(minutes)} "

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from steelyard.bench import stats
+from steelyard.bench.rows import read_lines
 from steelyard.bench.stats import Estimate
 from steelyard.errors import DataError, MissingExtraError
 from steelyard.report import plots
-from steelyard.report.language import read_rows
 from steelyard.report.page import Page, write_page
 from steelyard.report.plots import Frame, Picture, Series
 from steelyard.report.tables import MISSING, Cell, Table
@@ -35,7 +35,7 @@ CURVES = ("loss/heads", "loss/pooled", "adapt/spread", "grad/heads")
 
 def last_rows(run: Path) -> Rows:
     """Return the rows of the last evaluation."""
-    rows = read_rows(run / "eval.jsonl")
+    rows = read_lines(run / "eval.jsonl")
     last = max((row["update_step"] for row in rows), default=0)
     return [row for row in rows if row["update_step"] == last]
 
@@ -198,7 +198,7 @@ def curve(rows: Rows) -> Picture | None:
 
 def training(run: Path) -> Sequence[Picture]:
     """Return small curves of the training log."""
-    metrics, pictures = read_rows(run / "metrics.jsonl"), []
+    metrics, pictures = read_lines(run / "metrics.jsonl"), []
     for name in CURVES:
         points = [(row["update_step"], row[name]) for row in metrics if row.get(name) is not None]
         if len(points) > 1:

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from steelyard.bench import stats
+from steelyard.bench.rows import read_lines
 from steelyard.bench.stats import Estimate
-from steelyard.errors import DataError, MissingExtraError
+from steelyard.errors import MissingExtraError
 from steelyard.report import plots
 from steelyard.report.page import Page, Sample, write_page
 from steelyard.report.plots import Frame, Picture, Series
@@ -52,29 +53,16 @@ CURVES = (
 )  # fmt: skip
 
 
-def read_rows(path: Path) -> Rows:
-    """Return the rows of a JSONL file; none if it is not there."""
-    if not path.is_file():
-        return []
-    rows: Rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise DataError(f"{path}, line {number}: not JSON") from None
-    return rows
-
-
 def sample_rows(run: Path) -> Rows:
     """Return the rows of fresh samples, with the share of distinct bigrams in each prompt's texts."""
-    rows = [row for row in read_rows(run / "eval.jsonl") if "kl_to_reference" in row]
+    rows = [row for row in read_lines(run / "eval.jsonl") if "kl_to_reference" in row]
     texts: dict[tuple[int, int], list[str]] = {}
-    for row in read_rows(run / "samples.jsonl"):
+    for row in read_lines(run / "samples.jsonl"):
         texts.setdefault((row["update_step"], row["prompt_number"]), []).append(row["completion"])
     if not rows:  # without a scorer, samples are no evaluation episodes; their texts are still there
         rows = [
             {"update_step": row["update_step"], "prompt": row["prompt_number"], "length": row["length"]}
-            for row in read_rows(run / "samples.jsonl")
+            for row in read_lines(run / "samples.jsonl")
         ]
     for row in rows:
         row["distinct_2"] = distinct(texts.get((row["update_step"], row["prompt"]), []), 2)
@@ -83,7 +71,7 @@ def sample_rows(run: Path) -> Rows:
 
 def pair_rows(run: Path) -> Rows:
     """Return the rows of held-out pairs, with log-ratios per token."""
-    rows = read_rows(run / "pairs.jsonl")
+    rows = read_lines(run / "pairs.jsonl")
     for row in rows:
         for name in ("chosen", "rejected"):
             ratio = row[f"{name}_ratio"]
@@ -157,7 +145,7 @@ def tables_of(run: Path) -> list[Table]:
             "the margin grows (displacement). Intervals are 95% bootstrap over pairs, of one training run."
         )
         found.append(measure_table("Held-out pairs", caption, rows, PAIR_MEASURES, "pair"))
-    rows = [row for row in read_rows(run / "eval.jsonl") if "chosen_reward" in row]
+    rows = [row for row in read_lines(run / "eval.jsonl") if "chosen_reward" in row]
     if rows:
         caption = "Held-out preferences under the reward model; 95% bootstrap over pairs, of one training run."
         measures = (("score", "accuracy"), ("return", "margin"), ("chosen_reward", "reward of chosen completions"),
@@ -236,7 +224,7 @@ def _notes(run: Path) -> list[str]:
     # the page is written before the status of an unfinished run is
     if status["status"] in ("failed", "interrupted"):
         found.append(f"The run has not finished: {status['status']} {status['message']}".strip())
-    metrics = read_rows(run / "metrics.jsonl")
+    metrics = read_lines(run / "metrics.jsonl")
     for name, words in (
         ("data/dropped_ties", "prompts were dropped because all their completions had the same reward"),
         ("data/dropped_empty", "empty completions were dropped"),
@@ -284,7 +272,7 @@ def evaluation_figures(run: Path) -> list[Picture]:
 
 def training_figures(run: Path) -> list[Picture]:
     """Return small curves of the training log."""
-    metrics = read_rows(run / "metrics.jsonl")
+    metrics = read_lines(run / "metrics.jsonl")
     pictures = []
     for name in CURVES:
         points = [(row["update_step"], row[name]) for row in metrics if row.get(name) is not None]
@@ -298,7 +286,7 @@ def training_figures(run: Path) -> list[Picture]:
 
 def sample_pairs(run: Path) -> list[Sample]:
     """Return prompts with the first sample before training and after it."""
-    rows = [row for row in read_rows(run / "samples.jsonl") if row["sample"] == 0]
+    rows = [row for row in read_lines(run / "samples.jsonl") if row["sample"] == 0]
     steps = sorted({row["update_step"] for row in rows})
     found = []
     for prompt in sorted({row["prompt_number"] for row in rows})[:MOST_SAMPLES]:

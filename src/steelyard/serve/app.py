@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from steelyard.serve import bodies
 from steelyard.serve.bodies import NAME_RULE, Name, Top
-from steelyard.serve.web import bare_app
 from steelyard.serve.service import RewardService
+from steelyard.serve.web import bare_app
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -24,10 +24,10 @@ from steelyard.config import plain
 from steelyard.envs.samplers import SamplingConfig
 from steelyard.errors import SteelyardError, require
 from steelyard.serve.config import RefusedError
-from steelyard.serve.web import bare_app
 from steelyard.serve.lm_bodies import ChatBody, CompletionBody, Problem, problem
 from steelyard.serve.lm_engine import CANCELLED, Engine, LMServeConfig, Order, Told
 from steelyard.serve.server import listen, read_token, run
+from steelyard.serve.web import bare_app
 from steelyard.workflows.best_of_n import Answerer, cost_of, require_fit
 
 if TYPE_CHECKING:

@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+import tyro
 
 from steelyard.adapt.best_of_n import Event, stream
 from steelyard.adapt.compute_policy import ComputePolicy, Request
@@ -34,7 +36,7 @@ CANCELLED = 499
 class LMServeConfig(HttpConfig):
     """Where to listen, and how much to sample."""
 
-    policy: ComputePolicy = field(default_factory=ComputePolicy)
+    policy: Annotated[ComputePolicy, tyro.conf.arg(name="")] = field(default_factory=ComputePolicy)
     """How to sample where a request does not say."""
     max_samples: int = 16
     """Most samples that a request may ask for."""

@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from steelyard.adapt.best_of_n import sample
 from steelyard.adapt.compute_policy import Backend, ComputePolicy, Draw, Keep, Request, StopRule, Trace
@@ -29,10 +30,12 @@ from steelyard.envs.scorers import CompletionScorer, checked_scores, scorer_from
 from steelyard.errors import ConfigError, DataError
 from steelyard.nets.lm import CausalLM
 from steelyard.nets.self_eval import Evaluator
+from steelyard.nets.tiny_lm import TinyLM
 from steelyard.rng import numpy_generator
 from steelyard.train.progress import ProgressLine
 from steelyard.workflows.pairs import append_rows, begin_rows, json_rows
 from steelyard.workflows.preference import load_by_name, tokenizer_of
+from steelyard.workflows.self_eval import is_self_eval_run, load_self_eval
 
 SELF = "self"
 OWN = {
@@ -159,8 +162,6 @@ def scorer_of(model: str, scorer: str | None) -> str:
     Raises:
         ConfigError: none was named and the model has no self-evaluation, or "self" was and it has none.
     """
-    from steelyard.workflows.self_eval import is_self_eval_run
-
     trained = is_self_eval_run(model)
     if scorer is None and trained:
         return SELF
@@ -185,16 +186,19 @@ def open_answerer(model: str, scorer: str | None = None, device: str = "cpu", al
     Raises:
         ConfigError: as `scorer_of`, or an unknown scorer.
     """
-    from steelyard.workflows.self_eval import is_self_eval_run, load_self_eval
-
     chosen = scorer_of(model, scorer)
     judge = None if chosen in (SELF, *OWN) else scorer_from_name(chosen, allow_code=allow_code)
-    if not is_self_eval_run(model):
+    evaluator: Evaluator | None = None
+    if is_self_eval_run(model):
+        trained = load_self_eval(model, device)
+        network, evaluator = trained.model, trained.evaluator if chosen == SELF else None
+    else:
         network = load_by_name(model, device)
-        return Answerer(model, network, tokenizer_of(network), chosen, None, judge)
-    trained = load_self_eval(model, device)
-    evaluator = trained.evaluator if chosen == SELF else None
-    return Answerer(model, trained.model, trained.tokenizer, chosen, evaluator, judge)
+    tokenizer = tokenizer_of(network)
+    if isinstance(network, TinyLM) and network.config.vocab_size != tokenizer.vocab_size:
+        found = network.config.vocab_size
+        raise ConfigError(f"{model}: expected bytes as tokens ({tokenizer.vocab_size}), found a vocabulary of {found}")
+    return Answerer(model, network, tokenizer, chosen, evaluator, judge)
 
 
 # ------------------------------------------------------------------------------------------------ a file of prompts
@@ -204,7 +208,7 @@ def open_answerer(model: str, scorer: str | None = None, device: str = "cpu", al
 class AnswersConfig(Config):
     """How prompts are answered."""
 
-    policy: ComputePolicy = field(default_factory=ComputePolicy)
+    policy: Annotated[ComputePolicy, tyro.conf.arg(name="")] = field(default_factory=ComputePolicy)
     """How much to sample."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=256))
     """Limits of a sample; its temperature is that of the policy's schedule, not this one."""

@@ -6,7 +6,6 @@ return is its log-likelihood.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -49,7 +49,7 @@ from steelyard.train.experience import ExperienceConfig, ExperienceData, Experie
 from steelyard.train.loop import LoopConfig, Stage, fit, reduce, reduce_parts, update
 from steelyard.train.optim import OptimConfig, Optimizers
 from steelyard.train.rundir import RunDir
-from steelyard.workflows.common import Case, begin, carry_out, read_run_config, rewind
+from steelyard.workflows.common import Case, begin, carry_out, kind_of_run, read_run_config, rewind
 
 FORMAT = "steelyard-preference-1"
 LOGS = ("pairs.jsonl", "samples.jsonl")

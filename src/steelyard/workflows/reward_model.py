@@ -6,7 +6,6 @@ The loop, checkpoints and logs are those of every run; an evaluation row is one 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path

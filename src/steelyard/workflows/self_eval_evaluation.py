@@ -145,9 +145,9 @@ def log_odds(
         samples = [np.arange(len(tokens.completions[prompt]), dtype=np.int64) for prompt in prompts]
         where = []
         for prompt in prompts:
-            lengths = tokens.lengths(prompt)
+            lengths = np.array([len(ids) for ids in tokens.completions[prompt]])
             at = np.full((len(lengths), 2 + len(checkpoints)), -1, np.int64)
-            at[:1, 0], at[:, 1] = 0, lengths
+            at[:1, 0], at[:, 1] = 0, tokens.ends[prompt]
             for column, count in enumerate(checkpoints):
                 at[:, 2 + column] = np.where(lengths > count, count, -1)
             where.append(at)
@@ -237,7 +237,7 @@ def position_reports(
     rows = []
     names = ["prompt", "end", *map(str, checkpoints)]
     for column in [0, *range(2, odds.shape[2]), 1]:
-        raw = _probability(odds[..., column])
+        raw = calibration.sigmoid(odds[..., column])
         target = 1 - better
         if column == 0:  # of the prompt: the mean over its samples
             known = ~np.isnan(better)
@@ -262,10 +262,6 @@ def position_reports(
             )
         )
     return tuple(rows)
-
-
-def _probability(odds: Floats) -> Floats:
-    return np.asarray(np.exp(-np.logaddexp(0, -odds, where=~np.isnan(odds), out=np.full(odds.shape, np.nan))))
 
 
 def _crossed(raw: Floats, target: Floats) -> Floats:
@@ -341,7 +337,7 @@ class Examiner:
         if not rows:
             return None
         if config.calibration == "platt":
-            platt = calibration.fit_platt(_probability(np.concatenate(odds)), np.concatenate(targets))
+            platt = calibration.fit_platt(calibration.sigmoid(np.concatenate(odds)), np.concatenate(targets))
             evaluator.calibrate(platt.scale, platt.offset)
         return float(np.mean([row["return"] for row in rows]))
 

@@ -1,0 +1,465 @@
+"""Tier 2 of the adaptive-compute study: SmolLM2-135M on reasoning-gym tasks, from light fine-tuning to E7, E8 and E9.
+
+Stages, each resumed where it stopped:
+
+1. sft: low-rank adapters learn to write worked solutions (`envs/reasoning.py`); the merged policy is written down;
+2. pools: samples of the policy, annealed ones included, for training and for calibrating the readers;
+3. readers: suffix, slot and probe learn from them whether a fresh sample would be better;
+4. test: the self-evaluating model itself samples validation and test prompts, at temperature 1 and annealed, and reads
+   its scores on the way;
+5. replay: every rule of tier 1 (`adaptive_arithmetic_runs.py`) on these pools.
+
+Pools and readers are made side by side by worker processes, one thread each. No prompt is in two of the splits.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+
+from steelyard.adapt.compute_policy import TemperatureSchedule
+from steelyard.artefact import find
+from steelyard.bench.rows import write_rows
+from steelyard.bench.stats import number
+from steelyard.config import Config, require_positive
+from steelyard.data.feature_cache import cached_features
+from steelyard.data.sample_pool import SamplePool
+from steelyard.envs.reasoning import LEVELS, Problem, ReasoningScorer, Stratum, answer_of, problems
+from steelyard.envs.samplers import SamplingConfig
+from steelyard.errors import ConfigError, require
+from steelyard.nets.encoder import EncoderConfig, load_encoder
+from steelyard.nets.lm import CausalLM, LanguageModelConfig, LoRAConfig, cache_folder, load_language_model
+from steelyard.nets.self_eval import ProbeConfig, SlotConfig, SuffixConfig
+from steelyard.objectives.preference.sft import CompletionSFTConfig
+from steelyard.objectives.self_eval import SelfEvalConfig
+from steelyard.recipes.adaptive_page import findings, sections
+from steelyard.recipes.adaptive_pools_evaluators import fit_evaluator, log_lengths, texts_of
+from steelyard.recipes.adaptive_replays import (
+    MIXES,
+    VERIFIER,
+    Replays,
+    counts_of,
+    enough_for,
+    gate_rows,
+    reader_rows,
+    rows_of_outcomes,
+    strata_rows,
+)
+from steelyard.recipes.hyre_jobs import Row, begin, carry_out
+from steelyard.recipes.preference_findings import Finding
+from steelyard.report.page import Section
+from steelyard.report.tables import Table
+from steelyard.rng import derive_seed, torch_generator
+from steelyard.runtime import RuntimeConfig
+from steelyard.train.experience import ExperienceConfig
+from steelyard.train.loop import LoopConfig
+from steelyard.train.optim import OptimConfig
+from steelyard.workflows import preference
+from steelyard.workflows.common import kind_of_run
+from steelyard.workflows.preference import PreferenceEvaluation, PreferenceRun, TextDataConfig
+from steelyard.workflows.sample_pool import PoolPrompt, SamplePoolConfig, build_pool
+from steelyard.workflows.self_eval import SelfEvalTraining, load_self_eval, train_self_eval
+
+Floats = npt.NDArray[np.float64]
+ReaderName = Literal["suffix", "slot", "probe"]
+Split = Literal["train", "held_out", "validation", "test"]
+TRAINING: dict[Stratum, float] = {"easy": 0.4, "medium": 0.4, "hopeless": 0.2}
+"""Shares of the strata in what is trained on."""
+POLICY = "policy"
+"""Folder of the merged policy."""
+
+
+@dataclass(frozen=True)
+class SmolLMStudy(Config):
+    """Tier 2: a language model of 135 million parameters."""
+
+    model: str = "smollm2"
+    """Language model that is fine-tuned, as `LanguageModelConfig.name`."""
+    sft_problems: int = 960
+    """Problems with worked solutions that it learns from, once each."""
+    sft_learning_rate: float = 1e-3
+    """Adam's step of the adapters."""
+    train_prompts: int = 200
+    """Prompts whose annealed samples train the readers."""
+    held_out_prompts: int = 48
+    """Prompts whose samples calibrate the readers."""
+    validation_prompts: int = 60
+    """Prompts of each mix that choose thresholds."""
+    test_prompts: int = 200
+    """Prompts of each mix in the tables; mixes share prompts."""
+    samples: int = 16
+    """N: samples of every prompt."""
+    max_new_tokens: int = 40
+    """Longest sample."""
+    question: str = "\nStart over?"
+    """What the suffix reader is asked; short, for it is read as often as a sample is."""
+    reader: ReaderName = "suffix"
+    """Which reader the tables are about."""
+    readers: tuple[ReaderName, ...] = ("suffix", "slot", "probe")
+    """Readers that are compared."""
+    reader_steps: int = 100
+    """Updates of the suffix and slot readers, 8 prompts with 4 samples each."""
+    learning_rate: float = 3e-4
+    """Adam's step of their adapters."""
+    kl_weight: float = 1.0
+    """How firmly the policy is kept."""
+    checkpoints: tuple[int, ...] = (6, 12)
+    """Tokens after which samples are looked at."""
+    pruned: tuple[float, ...] = (0.5, 0.75)
+    """Shares of parallel samples that are given up."""
+    thresholds: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.91, 0.93, 0.95, 0.97, 0.98, 0.99)
+    """Of the stopping rule."""
+    most_samples: tuple[float, ...] = (1.2, 1.5, 2.0)
+    """Average samples that a threshold may take on validation prompts."""
+    orders: int = 4
+    """Orders of the samples at temperature 1 that outcomes are averaged over."""
+    rows: int = 64
+    """Samples decoded at a time."""
+    seed: int = 0
+    """Of everything random."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_positive(
+            self, "sft_problems", "sft_learning_rate", "train_prompts", "held_out_prompts", "validation_prompts",
+            "test_prompts", "samples", "max_new_tokens", "reader_steps", "learning_rate", "checkpoints", "thresholds",
+            "most_samples", "orders", "rows",
+        )  # fmt: skip
+        if self.reader not in self.readers:
+            raise ConfigError(f"reader must be among readers {self.readers}, found {self.reader!r}")
+
+
+PRESETS: dict[str, SmolLMStudy] = {
+    "tiny": SmolLMStudy(
+        sft_problems=240, train_prompts=32, held_out_prompts=16, validation_prompts=20, test_prompts=40, samples=8,
+        reader_steps=20,
+    ),
+    "small": SmolLMStudy(),
+    "paper": SmolLMStudy(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct", sft_problems=4_000, train_prompts=2_000, held_out_prompts=200,
+        validation_prompts=300, test_prompts=1_000, reader_steps=1_000,
+    ),
+}  # fmt: skip
+"""Sizes; small: three quarters of an hour on two quiet cores."""
+
+
+@dataclass(frozen=True)
+class SmolLMJob:
+    """One part of a stage.
+
+    Attributes:
+        study: what is run.
+        out: its folder.
+        name: of the part.
+        split: of prompts, where it is a pool.
+        kind: of its temperatures.
+        reader: that is trained, or that reads while the pool is drawn; None: the policy alone.
+    """
+
+    study: SmolLMStudy
+    out: str
+    name: str
+    split: Split | None = None
+    kind: Literal["constant", "annealed"] = "constant"
+    reader: ReaderName | None = None
+
+
+def run(config: SmolLMStudy, out: Path, workers: int, console: Console) -> tuple[list[Section], list[Finding]]:
+    """Carry out the study, or go on with it, and return its part of the page and its findings.
+
+    Writes rows.csv and costs.csv into `out`, beside the run of fine-tuning, the pools and the readers.
+
+    Raises:
+        ConfigError: the folder holds a study with other settings.
+        MissingExtraError: an extra (`lm`, `reasoning`) is not installed.
+        Interrupted: ctrl-C; the same call goes on with what is missing.
+    """
+    require("transformers", "lm")
+    require("reasoning_gym", "reasoning")
+    begin(out, config)
+    if not (out / POLICY).exists():
+        console.print("tier 2: fine-tuning", markup=False, highlight=False)
+    fine_tune(config, out, workers)
+    base = SmolLMJob(config, str(out), "")
+    drawn = [replace(base, name="pool train", split="train", kind="annealed"),
+             replace(base, name="pool held out", split="held_out")]  # fmt: skip
+    rows = carry_out(drawn, draw, out, "tier 2: samples", workers)
+    readers = [replace(base, name=f"reader {one}", reader=one) for one in config.readers]
+    rows += carry_out(readers, train_reader, out, "tier 2: readers", workers)
+    tests = [
+        replace(base, name=f"pool {split} {kind}", split=split, kind=kind, reader=config.reader)
+        for split in _TESTS
+        for kind in _KINDS
+    ]
+    rows += carry_out(tests, draw, out, "tier 2: test samples", workers)
+    rows += carry_out([replace(base, name="replays")], replay, out, "tier 2: replays")
+    plain = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
+    write_rows(out / "rows.csv", plain)
+    shared = [row for row in rows if row["kind"] not in ("level", "cost")]
+    return [*sections(shared, LABEL), own_section(config, rows)], findings(shared, LABEL, DIFFERS)
+
+
+LABEL = "tier 2, SmolLM2-135M"
+DIFFERS = "135 million parameters, 4-bit weights made float32, three kinds of short problems, light fine-tuning"
+_TESTS: tuple[Split, ...] = ("test", "validation")
+_KINDS: tuple[Literal["constant", "annealed"], ...] = ("constant", "annealed")
+
+
+# ---- problems ----
+
+
+def strata_of(study: SmolLMStudy, split: Split) -> dict[Stratum, int]:
+    """Return how many problems of each stratum a split has; those of the tables serve every mix."""
+    match split:
+        case "train":
+            return counts_of(TRAINING, study.train_prompts)
+        case "held_out":
+            return counts_of(TRAINING, study.held_out_prompts)
+        case "validation":
+            return enough_for(MIXES, study.validation_prompts)
+        case "test":
+            return enough_for(MIXES, study.test_prompts)
+
+
+def all_problems(study: SmolLMStudy) -> dict[str, tuple[Problem, ...]]:
+    """Return the problems of fine-tuning ("sft") and of every split; none is in two of them."""
+    splits: tuple[Split, ...] = ("test", "validation", "held_out", "train")
+    wanted: dict[str, Mapping[Stratum, int]] = {split: strata_of(study, split) for split in splits}
+    wanted["sft"] = counts_of(TRAINING, study.sft_problems)
+    found: dict[str, tuple[Problem, ...]] = {}
+    seen: set[str] = set()
+    for name, strata in wanted.items():
+        found[name] = problems(strata, study.seed, name, seen)
+        seen |= {problem.question for problem in found[name]}
+    return found
+
+
+def prompt_of(problem: Problem) -> str:
+    """Return what the model reads; no chat template, whose words would cost more than the question."""
+    return f"{problem.question}\n"
+
+
+# ---- stages ----
+
+
+def fine_tune(study: SmolLMStudy, out: Path, threads: int) -> None:
+    """Train adapters on worked solutions by the library's workflow, and write the merged policy."""
+    if (out / POLICY).exists():
+        return
+    file = out / "sft.jsonl"
+    rows = [{"prompt": prompt_of(one), "completion": one.solution} for one in all_problems(study)["sft"]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = out / "sft"
+    if kind_of_run(folder):
+        preference.resume(folder)
+    else:
+        preference.start(
+            PreferenceRun(
+                CompletionSFTConfig(learning_rate=study.sft_learning_rate),
+                model=LanguageModelConfig(study.model, adapter=LoRAConfig(), reference="none"),
+                data=TextDataConfig(
+                    str(file), held_out_fraction=0, max_prompt_tokens=256, max_completion_tokens=study.max_new_tokens
+                ),
+                experience=ExperienceConfig(minibatch_prompts=8),
+                evaluation=PreferenceEvaluation(prompts=0, pairs=0),
+                loop=LoopConfig(log_every=5, checkpoint_every=20),
+                optim=OptimConfig(max_grad_norm=1.0),
+                runtime=RuntimeConfig(threads=threads),
+                seed=study.seed,
+            ),
+            folder,
+        )
+    model = preference.load_policy(find(folder))[0].model
+    unfinished = out / f"{POLICY}.part"
+    model.save_pretrained(unfinished, merged=True)
+    unfinished.rename(out / POLICY)
+
+
+def load(job: SmolLMJob) -> tuple[CausalLM, Any]:
+    """Return what draws the samples of a job: the policy, or the model of a reader with its evaluator."""
+    torch.set_num_threads(1)
+    out = Path(job.out)
+    if job.reader is not None:
+        trained = load_self_eval(out / f"reader_{job.reader}")
+        return trained.model, trained.evaluator
+    settings = LanguageModelConfig(str(out / POLICY), reference="none")
+    return load_language_model(settings, torch_generator(job.study.seed, "policy")).eval(), None
+
+
+def draw(job: SmolLMJob) -> list[Row]:
+    """Draw and judge the samples of a split; with a reader, its scores are read on the way."""
+    assert job.split is not None
+    study, began = job.study, time.process_time()
+    model, evaluator = load(job)
+    prompts = [
+        PoolPrompt(
+            prompt_of(one), tuple(model.tokenizer.prompt(prompt_of(one))), one.stratum,
+            {"task": one.task, "answer": one.answer, "level": one.level},
+        )
+        for one in all_problems(study)[job.split]
+    ]  # fmt: skip
+    config = SamplePoolConfig(
+        study.samples,
+        TemperatureSchedule(job.kind),
+        SamplingConfig(max_new_tokens=study.max_new_tokens),
+        study.checkpoints if evaluator is not None else (),
+        batch_prompts=max(1, study.rows // study.samples) * 2,
+        seed=derive_seed(study.seed, f"samples/{job.split}") % 2**31,
+    )
+    pool = build_pool(
+        Path(job.out) / job.name.replace(" ", "_"), prompts, model, ReasoningScorer(), config,
+        {"reader": job.reader or "none"}, evaluator=evaluator, answer=stated, rows=study.rows, source=job.name,
+    )  # fmt: skip
+    tokens = sum(int(item.lengths.sum()) for item in pool)
+    return [_cost(job, began, tokens)]
+
+
+def stated(completion: str) -> str:
+    """Return the answer of a completion for votes, whatever its task: sums end in "=", words do not."""
+    return answer_of("chain_sum" if "=" in completion else "spell_backward", completion)
+
+
+def reader_config(study: SmolLMStudy, name: ReaderName, model: CausalLM) -> SuffixConfig | SlotConfig | ProbeConfig:
+    """Return a reader's settings; the suffix as plain text, for the policy's prompts have no chat template."""
+    match name:
+        case "slot":
+            return SlotConfig()
+        case "probe":
+            return ProbeConfig()
+        case "suffix":
+            ids = model.tokenizer.completion("", study.question)
+            return SuffixConfig(question=study.question, tokens=tuple(ids[:-1]))
+
+
+def train_reader(job: SmolLMJob) -> list[Row]:
+    """Train one reader by the library's workflow."""
+    assert job.reader is not None
+    study, began, out = job.study, time.process_time(), Path(job.out)
+    torch.set_num_threads(1)
+    adapter = None if job.reader == "probe" else LoRAConfig()
+    reference: Literal["none", "adapter_off"] = "none" if adapter is None else "adapter_off"
+    settings = LanguageModelConfig(str(out / POLICY), adapter=adapter, reference=reference)
+    model = load_language_model(settings, torch_generator(study.seed, "reader"))
+    training = SelfEvalTraining(
+        SelfEvalConfig(
+            reader=reader_config(study, job.reader, model), learning_rate=_rate(study, job.reader),
+            kl_weight=study.kl_weight,
+        ),
+        prefixes=1,
+        steps=study.reader_steps * (10 if job.reader == "probe" else 1),  # a probe's update costs next to nothing
+        evaluation_prompts=0,
+        checkpoints=study.checkpoints,
+        loop=LoopConfig(log_every=10, checkpoint_every=25),
+        seed=study.seed,
+    )  # fmt: skip
+    train, held_out = (SamplePool.load(out / f"pool_{name}") for name in ("train", "held_out"))
+    trained = train_self_eval(model, train, held_out, training, out / f"reader_{job.reader}", quiet=False)
+    return [_cost(job, began, 0), *reader_rows(job.reader, trained, study.seed)]
+
+
+def _rate(study: SmolLMStudy, reader: ReaderName) -> float:
+    return 1e-3 if reader == "probe" else study.learning_rate
+
+
+def _cost(job: SmolLMJob, began: float, tokens: int) -> Row:
+    return {"kind": "cost", "step": job.name, "cpu_seconds": time.process_time() - began, "tokens": tokens}
+
+
+# ---- replay ----
+
+
+def replay(job: SmolLMJob) -> list[Row]:
+    """Replay every rule on the pools that the self-evaluating model drew."""
+    study, out, began = job.study, Path(job.out), time.process_time()
+
+    def pool(name: str) -> SamplePool:
+        return SamplePool.load(out / f"pool_{name}")
+
+    constant = with_verifier(pool("train"), pool("held_out"), [pool(f"{split}_constant") for split in _TESTS])
+    extra = load_self_eval(out / f"reader_{study.reader}").evaluator.extra_tokens
+    test, validation = (
+        Replays(study, drawn, pool(f"{split}_annealed"), extra) for split, drawn in zip(_TESTS, constant, strict=True)
+    )
+    rows = rows_of_outcomes(study, validation, test, study.seed)
+    rows += strata_rows(test, study.seed) + gate_rows(test, study, study.seed)
+    return [*rows, *level_rows(test.constant), _cost(job, began, 0)]
+
+
+def with_verifier(train: SamplePool, held_out: SamplePool, pools: Sequence[SamplePool]) -> list[SamplePool]:
+    """Return pools with a column of P(right), by a small encoder that reads the text and has seen the training samples.
+
+    The external verifier of the table, and with it the rule that stops at an absolute correctness.
+    """
+    encoder = load_encoder(EncoderConfig(max_prompt_tokens=64, max_tokens=128))
+
+    def seen(pool: SamplePool) -> Floats:
+        vectors = cached_features(cache_folder() / "features", encoder.key, texts_of(pool), encoder.encode)
+        shaped = vectors.astype(np.float64).reshape(*pool.rewards().shape, -1)
+        return np.concatenate([shaped, log_lengths(pool)], 2)
+
+    verifier = fit_evaluator((seen(train), train.rewards()), (seen(held_out), held_out.rewards()))
+    found = []
+    for pool in pools:
+        right = verifier.probabilities(seen(pool))
+        items = tuple(
+            replace(item, columns=item.columns | {VERIFIER: row.tolist()})
+            for item, row in zip(pool, right, strict=True)
+        )
+        found.append(replace(pool, items=items))
+    return found
+
+
+def level_rows(pool: SamplePool) -> list[Row]:
+    """Return what each level of the problems turned out to be."""
+    rewards, levels = pool.rewards(), np.array([item.columns["level"] for item in pool])
+    lengths = pool.array("lengths")
+    return [
+        {"kind": "level", "level": name, "stratum": level.stratum, "prompts": int((levels == name).sum()),
+         "one": float(rewards[levels == name].mean()), "any": float(rewards[levels == name].max(1).mean()),
+         "tokens": float(lengths[levels == name].mean())}
+        for name, level in LEVELS.items()
+        if (levels == name).any()
+    ]  # fmt: skip
+
+
+def own_section(config: SmolLMStudy, rows: Sequence[Row]) -> Section:
+    """Return what tier 1 has no table for: the levels of the problems, and what each stage cost."""
+    levels = tuple(
+        (row["level"], row["stratum"], str(row["prompts"]), number(row["one"]), number(row["any"]),
+         number(row["tokens"], 1))
+        for row in rows
+        if row["kind"] == "level"
+    )  # fmt: skip
+    costs = tuple(
+        (row["step"], number(row["cpu_seconds"] / 60, 1), str(row["tokens"] or "-"),
+         number(row["tokens"] / row["cpu_seconds"], 0) if row["tokens"] else "-")
+        for row in rows
+        if row["kind"] == "cost"
+    )  # fmt: skip
+    own = Section(f"{LABEL}: problems and cost").text(
+        f"{config.model} learned from {config.sft_problems} worked solutions of reasoning-gym problems, once each. The "
+        "external verifier of the tables is a small text encoder with a logistic regression on the training samples' "
+        "correctness; it is weak at arithmetic. The suffix reader is asked "
+        f"{config.question.strip()!r} in plain text, not the paper's sentence."
+    )
+    own.table(
+        Table(
+            "Levels, at temperature 1",
+            "Strata are what was expected before the run; pass@1 and pass@N are what came out, for the model that also "
+            "evaluates itself.",
+            ("level", "meant to be", "prompts", "pass@1", f"pass@{config.samples}", "tokens"),
+            levels,
+        ),
+        Table("Cost", "CPU-minutes of each part after fine-tuning; tokens drawn, and drawn per CPU-second.",
+              ("part", "CPU-minutes", "tokens", "tokens a second"), costs),
+    )  # fmt: skip
+    return own
