@@ -211,7 +211,7 @@ def test_the_ends_of_the_mean_and_what_cannot_be_matched():
         def judge(self, known, values, coins):
             return torch.ones(len(values)), torch.zeros(len(values))
 
-    with pytest.raises(ConfigError, match="no threshold draws about 4 candidates on average: 1.00 or 8.00"):
+    with pytest.raises(ConfigError, match=r"no threshold draws about 4 candidates on average: 1\.00 or 8\.00"):
         matched(agent, Sure(), compute_adaptive(StopRule("threshold"), 8), states, 4, 0)
     with pytest.raises(ConfigError, match="nothing to match"):
         matched(agent, judge, compute_fixed(4), states, 4, 0)

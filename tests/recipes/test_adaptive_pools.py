@@ -135,10 +135,10 @@ def test_a_fixed_twin_takes_as_many_samples() -> None:
     best = BEST.format("text")
     found = {ONE: outcome(ONE, 0.0, 1), "best of 2 by text": outcome("best of 2 by text", 0.5, 2),
              best: outcome(best, 1.0, 8)}  # fmt: skip
-    assert np.allclose(matched(outcome("x", 0.3, 1.5), found).rewards, 0.25)
-    assert np.allclose(matched(outcome("x", 0.3, 5.0), found).rewards, 0.75)
-    assert np.allclose(matched(outcome("x", 0.3, 1.0), found).rewards, 0.0)
-    assert np.allclose(matched(outcome("x", 0.3, 8.0), found).rewards, 1.0)
+    assert np.allclose(matched(outcome("adaptive by text, for 2 samples", 0.3, 1.5), found).rewards, 0.25)
+    assert np.allclose(matched(outcome("adaptive by text, for 2 samples", 0.3, 5.0), found).rewards, 0.75)
+    assert np.allclose(matched(outcome("adaptive by text, for 2 samples", 0.3, 1.0), found).rewards, 0.0)
+    assert np.allclose(matched(outcome("adaptive by text, for 2 samples", 0.3, 8.0), found).rewards, 1.0)
 
 
 def test_the_study_writes_rows_a_page_and_goes_on(study: PoolsStudy, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_study_writes_rows_a_page_and_goes_on(study: PoolsStudy, tmp_path: P
     out = tmp_path / "out"
     sections, found = adaptive_pools.run(study, out, 1, Console(quiet=True))
     assert [section.heading for section in sections] == ["E10: real samples, evaluators trained on their text"]
-    assert len(found) == 1
+    assert len(found) == 3  # text, correctness, reward model
     rows = (out / "prompts.csv").read_text().splitlines()
     adaptive = [row for row in rows if "adaptive by reward model, for 2 samples" in row]
     assert len(adaptive) == PROMPTS  # every prompt once, whatever its fold

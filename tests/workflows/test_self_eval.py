@@ -17,7 +17,7 @@ from steelyard.data.prefixes import PrefixSource
 from steelyard.data.sample_pool import PromptSamples, SamplePool
 from steelyard.errors import CheckpointError, ConfigError, DataError
 from steelyard.nets.lm import LanguageModelConfig, LoRAConfig, load_language_model
-from steelyard.nets.self_eval import ProbeConfig, SlotConfig, SuffixConfig
+from steelyard.nets.self_eval import ProbeConfig, SlotConfig, SuffixConfig, build_evaluator
 from steelyard.nets.tiny_lm import TinyLM
 from steelyard.nets.transformer import TransformerConfig
 from steelyard.objectives.self_eval import SelfEvalConfig
@@ -151,6 +151,12 @@ def test_the_artefact_is_loaded_without_the_data(tmp_path):
     saved = save_self_eval(tmp_path / "saved", out.model, out.evaluator, SelfEvalConfig(reader=READERS["slot"]))
     assert is_self_eval_run(saved)
     loaded = load_self_eval(saved)
+    np.testing.assert_allclose(score_pool(loaded.model, loaded.evaluator, HELD_OUT, ()).array("scores"), expected)
+    bare = TinyLM(SIZE, torch_generator(3, "bare"), reference="none")
+    probe = build_evaluator(READERS["probe"], bare, torch_generator(3, "probe"))
+    loaded = load_self_eval(save_self_eval(tmp_path / "probe", bare, probe, SelfEvalConfig(reader=READERS["probe"])))
+    assert loaded.model.reference is None
+    expected = score_pool(bare, probe, HELD_OUT, ()).array("scores")
     np.testing.assert_allclose(score_pool(loaded.model, loaded.evaluator, HELD_OUT, ()).array("scores"), expected)
     file = saved / "pretrained/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")

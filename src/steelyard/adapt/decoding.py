@@ -171,6 +171,7 @@ class ModelBackend:
             prompt = self._kept[group[0].request.prompt]
             if reader is None or not live:
                 reader = prompt.fork(torch.zeros(len(group), dtype=torch.int64, device=self._device))
+                reader.reserve(count)
             else:
                 reader.join(prompt, len(group))
             live += group

@@ -14,7 +14,6 @@ from rich.table import Table
 from steelyard import runtime
 from steelyard.bench.stats import Estimate
 from steelyard.cli import arguments
-from steelyard.config import Config
 from steelyard.data.preferences import tokenize
 from steelyard.errors import ConfigError, DataError
 from steelyard.workflows.best_of_n import (
@@ -30,7 +29,7 @@ from steelyard.workflows.best_of_n import (
 
 
 @dataclass(frozen=True)
-class BestOfNArguments(Config):
+class BestOfNArguments:
     """Answer prompts with as many samples as each needs, and say what that cost.
 
     The same command goes on where it was stopped. Samples are a function of the seed and the prompt's position alone.

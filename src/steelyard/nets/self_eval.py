@@ -328,7 +328,7 @@ def _unused_tokens(model: Any, tokenizer: Tokenizer | None, vocabulary: int) -> 
     if tokenizer is not None:
         found += range(tokenizer.vocab_size, vocabulary)  # rows that only fill up the matrix
         inner = getattr(tokenizer, "tokenizer", None)
-        known = {tokenizer.eos, tokenizer.pad, getattr(tokenizer, "bos", None)}
+        known = {tokenizer.eos, tokenizer.pad, getattr(tokenizer, "bos", None), getattr(inner, "unk_token_id", None)}
         template = str(getattr(inner, "chat_template", "") or "")
         special = getattr(inner, "added_tokens_decoder", {})
         found += [

@@ -89,9 +89,13 @@ class SlotView:
     def __init__(self, slots: Slots, rows: tuple[int, int], positions: Tensor) -> None:
         self.slots, self.positions = slots, positions
         self.start, self.stop = rows
-        end = int(positions.max()) + 1
-        self.span = min(-(-end // SPAN) * SPAN, slots.columns)
+        first, last = (int(bound) for bound in positions[:, 0].aminmax())
+        length = positions.shape[1]
+        self.span = min(-(-(last + length) // SPAN) * SPAN, slots.columns)
         self._rows = torch.arange(self.start, self.stop, device=positions.device)[:, None]
+        # rows of one length are written as a block, which costs less than place by place
+        block = (slice(self.start, self.stop), slice(None), slice(first, first + length))
+        self._block = block if first == last else None
 
     def visible(self, window: int | None = None) -> Tensor:
         """Return bool [R, 1, m, S]: what each token may attend to, the last `window` ones or all."""
@@ -107,8 +111,11 @@ class SlotView:
         if layer == len(slots.layers):
             slots.layers.append((_like(key, slots.rows, slots.columns), _like(value, slots.rows, slots.columns)))
         keys, values = slots.layers[layer]
-        keys[self._rows, :, self.positions] = key.transpose(1, 2)
-        values[self._rows, :, self.positions] = value.transpose(1, 2)
+        if self._block is not None:
+            keys[self._block], values[self._block] = key, value
+        else:
+            keys[self._rows, :, self.positions] = key.transpose(1, 2)
+            values[self._rows, :, self.positions] = value.transpose(1, 2)
         return keys[self.start : self.stop, :, : self.span], values[self.start : self.stop, :, : self.span]
 
 
@@ -200,6 +207,10 @@ class SlotReader:
         room = self._padded(len(rows)) - len(rows) if len(rows) > 1 else 0  # single rows are kept rather than read
         other._slots = self._slots.select(rows, min(columns, self._slots.columns), room)
         return other
+
+    def reserve(self, rows: int) -> None:
+        """Make room for so many rows at once, before several readers join."""
+        self._slots.reserve(self._padded(rows), self._slots.columns)
 
     def join(self, other: SlotReader, repeats: int = 1) -> None:
         """Take over every row of another reader, `repeats` times each, behind one's own rows."""

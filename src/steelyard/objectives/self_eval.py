@@ -54,6 +54,7 @@ from steelyard.nets.self_eval import (
     places,
     read,
 )
+from steelyard.nets.tiny_lm import TinyLM
 from steelyard.objectives.base import Group, Learner, Metrics, Phase
 
 BLOCK = 1 << 22
@@ -95,7 +96,7 @@ class SelfEvaluation(Learner):
     Args:
         config: of the objective.
         model: a `nets.tiny_lm.TinyLM` or a `nets.lm.CausalLM`; with a reference where `kl_weight` is above 0. A probe
-            leaves it untouched and out of its state dict.
+            leaves it untouched, and a `CausalLM` out of its state dict.
         evaluator: made by `nets.self_eval.build_evaluator`.
 
     Raises:
@@ -106,14 +107,15 @@ class SelfEvaluation(Learner):
         super().__init__()
         self.config, self.evaluator = config, evaluator
         head(model)  # refuses what cannot be read
+        if isinstance(evaluator, ProbeEvaluator) and not isinstance(model, TinyLM):
+            self.__dict__["model"] = model  # not a part of the learner: a model with a name is not saved with a probe
+        else:
+            self.model = model
         if isinstance(evaluator, ProbeEvaluator):
-            # not a part of the learner: neither trained nor saved with it
-            self.__dict__["model"] = model
             self.groups = {
                 "probe": Group(tuple(evaluator.net.parameters()), config.probe_learning_rate, config.weight_decay)
             }
         else:
-            self.model = model
             trained: dict[str, tuple[nn.Parameter, ...]] = model.trainable()  # type: ignore[operator]
             if not trained.get("policy"):
                 raise ConfigError("self-evaluation: the model has no trainable parameter")

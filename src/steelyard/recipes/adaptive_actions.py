@@ -42,7 +42,7 @@ from steelyard.data.returns import RewardConfig
 from steelyard.data.source import OfflineSource
 from steelyard.envs.behaviours import PointMazeDataConfig, PointSize, point_maze_env, point_maze_store
 from steelyard.envs.gym import VectorEnv, make
-from steelyard.errors import ConfigError, MissingExtraError
+from steelyard.errors import ConfigError
 from steelyard.objectives import QCConfig, build_learner
 from steelyard.objectives.fql import FlowNetworkConfig
 from steelyard.recipes.adaptive_actions_page import (
@@ -113,8 +113,8 @@ class ActionStudy(Config):
     """Mean candidates a decision that rules are matched to."""
     episodes: int = 50
     """Evaluation episodes of each seed and method."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of data, training and evaluation."""
+    seeds: tuple[int, ...] = (10, 11, 12, 13, 14)
+    """Of data, training and evaluation; 0 was looked at while the task was set up, so it is not among them."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -135,10 +135,10 @@ PRESETS: dict[str, ActionStudy] = {
         fixed=(1, 2, 4, 8, 32),
         means=(2.0, 4.0),
         episodes=24,
-        seeds=(0, 1, 2),
+        seeds=(10, 11, 12),
     ),
     "small": ActionStudy(),
-    "paper": ActionStudy(data_steps=40_000, updates=20_000, episodes=200, seeds=tuple(range(10))),
+    "paper": ActionStudy(data_steps=40_000, updates=20_000, episodes=200, seeds=tuple(range(10, 20))),
 }
 """Sizes; the paper has no such experiment, and "paper" is only the largest."""
 
@@ -160,17 +160,14 @@ def run(config: ActionStudy, out: Path, workers: int, console: Console) -> tuple
     """Carry out the study, or go on with it, and return its part of the page and its findings.
 
     Writes rows.csv (one row a seed, method and episode) and states.csv (one row a seed and method: what is chosen in
-    the same states) into `out`. Without the simulator there is no section, and the console says so.
+    the same states) into `out`.
 
     Raises:
+        MissingExtraError: the simulator is not installed.
         ConfigError: the folder holds a study with other settings.
         Interrupted: ctrl-C; the same call goes on with what is missing.
     """
-    try:
-        make(_env(config)).close()
-    except MissingExtraError as error:
-        console.print(f"actions left out: {error}", markup=False, highlight=False)
-        return [], []
+    make(_env(config)).close()  # before anything is written
     begin(out, config)
     jobs = [SeedJob(config, seed) for seed in config.seeds]
     found = carry_out(jobs, run_seed, out, "actions seeds", workers)

@@ -292,11 +292,12 @@ def fit_of(x: Floats, rewards: Floats, split: Split, margin: float) -> Evaluator
 
 def judged(scores: Mapping[str, Floats], rewards: Floats, margin: float) -> list[Row]:
     """Return what every evaluator's scores of unseen prompts are worth."""
-    targets = 1 - soft_labels(rewards, margin)
+    better, everyone = 1 - soft_labels(rewards, margin), np.arange(len(rewards))
     rows = []
     for name, values in scores.items():
         generator = numpy_generator(0, f"adaptive/pools/{name}")
         within, across = auc_within(values, rewards, generator, margin), auc_across(values, rewards, generator, margin)
+        targets = unit_rewards(rewards, everyone) if name == ABSOLUTE else better
         row: Row = {"evaluator": name, "ece": ece(values.ravel(), targets.ravel())}
         for where, found in (("within", within), ("across", across)):
             row |= {f"auc_{where}": found and found.value, f"auc_{where}_low": found and found.low,
@@ -318,9 +319,8 @@ def ways(
     found = {ONE: fixed(test[TEXT], ONE, "first", 1)}
     for k in sorted({k for k in (2, 4, 8) if k < most} | {most}):
         for name in read:
-            if k == most or name == TEXT:
-                label = BEST.format(name) if k == most else f"best of {k} by {name}"
-                found[label] = fixed(test[name], label, "score", k)
+            label = BEST.format(name) if k == most else f"best of {k} by {name}"
+            found[label] = fixed(test[name], label, "score", k)
     if any(any(item.answers) for item in test[TEXT]):
         found["majority vote"] = fixed(test[TEXT], "majority vote", "majority", most)
     found[ORACLE] = fixed(test[TEXT], ORACLE, "oracle", most)

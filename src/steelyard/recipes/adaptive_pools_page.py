@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from steelyard.bench.stats import Estimate, number
-from steelyard.recipes.adaptive_statistics import Outcome, cost_table, fraction_of_gain, gate
+from steelyard.recipes.adaptive_statistics import Outcome, average, cost_table, fraction_of_gain, gate
 from steelyard.recipes.preference_findings import Finding, above
 from steelyard.report import plots
 from steelyard.report.page import Section
-from steelyard.report.plots import Frame, Series
+from steelyard.report.plots import Frame, Picture, Series
 from steelyard.report.tables import Table
 
 Row = Mapping[str, Any]
@@ -38,21 +39,30 @@ def outcomes_of(rows: Sequence[Row], pool: str) -> dict[str, Outcome]:
     return outcomes
 
 
+def evaluator_in(way: str) -> str:
+    """Return which evaluator a stopping rule reads."""
+    return way.removeprefix("adaptive by ").split(",")[0]
+
+
 def matched(policy: Outcome, found: Mapping[str, Outcome]) -> Outcome:
-    """Return what a fixed number of samples comes to at the same average: a mixture of the two nearest numbers."""
-    best = BEST.format(TEXT)
-    steps = [found[ONE], *(one for way, one in found.items() if way.startswith("best of ") and way.endswith(" by text")
-                           and way != best), found[best]]  # fmt: skip
+    """Return what a fixed number of samples comes to at the same average: a mixture of the two nearest numbers.
+
+    Samples are chosen by the evaluator of the policy.
+    """
+    name = evaluator_in(policy.name)
+    best = found[BEST.format(name)]
+    fewer = [one for way, one in found.items() if re.fullmatch(rf"best of \d+ by {name}", way)]
+    steps = [found[ONE], *sorted(fewer, key=lambda one: float(one.samples.mean())), best]
     counts = [float(one.samples.mean()) for one in steps]
     wanted = float(np.clip(policy.samples.mean(), counts[0], counts[-1]))
     upper = max(1, int(np.searchsorted(counts, wanted)))
     share = (wanted - counts[upper - 1]) / (counts[upper] - counts[upper - 1])
 
-    def mixed(name: str) -> Any:
-        return (1 - share) * getattr(steps[upper - 1], name) + share * getattr(steps[upper], name)
+    def mixed(key: str) -> Any:
+        return (1 - share) * getattr(steps[upper - 1], key) + share * getattr(steps[upper], key)
 
-    return Outcome(f"fixed, {wanted:.2f} samples", *(mixed(key) for key in ("rewards", "samples", "decoded",
-                                                                            "evaluated")))  # fmt: skip
+    arrays = (mixed(key) for key in ("rewards", "samples", "decoded", "evaluated"))
+    return Outcome(f"fixed, {number(wanted)} samples", *arrays)
 
 
 def adaptive(found: Mapping[str, Outcome]) -> list[Outcome]:
@@ -73,9 +83,7 @@ def sections(kinds: Kinds) -> list[Section]:
     )
     section.notes([_gate(kinds, name) for name in names])
     section.table(_pools(kinds["pools"]), _evaluators(kinds["evaluators"]))
-    figure = _figure(kinds, names)
-    if figure is not None:
-        section.figure(figure)
+    section.figure(_figure(kinds, names))
     for name in names:
         found = outcomes_of(kinds["prompts"], name)
         one, best = found[ONE], found[BEST.format(TEXT)]
@@ -85,28 +93,31 @@ def sections(kinds: Kinds) -> list[Section]:
 
 
 def findings(kinds: Kinds) -> list[Finding]:
-    """Return, for each pool, whether stopping by the text is worth more than as many samples for every prompt."""
+    """Return, for each pool and score, whether stopping by it is worth more than as many samples for every prompt."""
     result = []
     for name in dict.fromkeys(row["pool"] for row in kinds["pools"]):
         found = outcomes_of(kinds["prompts"], name)
-        rules = [one for one in adaptive(found) if one.name.startswith("adaptive by text, ")]
-        if not rules:
-            continue
-        gained = _difference(rules[0], found)
-        claim = f"E10, {name}: stopping by a score of the text beats as many samples for every prompt"
-        differs = "an evaluator of the text alone, old samples of another model"
-        if gained is None:
-            result.append(Finding(claim, "not clear", "best of all samples by text gains nothing over one", differs))
-            continue
-        samples = number(float(rules[0].samples.mean()))
-        result.append(
-            Finding(claim, above(gained), f"{gained.text()} of the gain more, at {samples} samples on average", differs)
-        )
+        for policy in _cheapest(found):
+            gained = more_than_fixed(policy, found)
+            samples = number(float(policy.samples.mean()))
+            says = f"{gained.text(3)} of reward more, at {samples} samples on average"
+            claim = f"E10, {name}: stopping by {evaluator_in(policy.name)} beats as many samples for every prompt"
+            result.append(Finding(claim, above(gained), says, "scores read off the text; old samples of other models"))
     return result
 
 
-def _difference(policy: Outcome, found: Mapping[str, Outcome]) -> Estimate | None:
-    return fraction_of_gain(policy, found[ONE], found[BEST.format(TEXT)], minus=matched(policy, found))
+def _cheapest(found: Mapping[str, Outcome]) -> list[Outcome]:
+    """Return the plain threshold rule of every evaluator but length, for the fewest samples."""
+    rules: dict[str, Outcome] = {}
+    for one in adaptive(found):
+        if "shrunk" not in one.name and evaluator_in(one.name) != "length":
+            rules.setdefault(evaluator_in(one.name), one)
+    return list(rules.values())
+
+
+def more_than_fixed(policy: Outcome, found: Mapping[str, Outcome]) -> Estimate:
+    """Return by how much the mean reward is above that of a fixed number of samples, paired over prompts."""
+    return average(policy.rewards - matched(policy, found).rewards)
 
 
 def _gate(kinds: Kinds, name: str) -> str:
@@ -141,7 +152,7 @@ def _evaluators(rows: Sequence[Row]) -> Table:
         "Evaluators on unseen prompts",
         "AUC within prompts decides which sample is chosen, AUC across prompts when to stop. text and length: P(no "
         "better) from the encoder's vector and the length, and from the length alone; correctness: P(correct) from the "
-        "same vector; reward model: P(no better) from a published reward model's score.",
+        "same vector (its ECE is that of P(correct)); reward model: P(no better) from a reward model's score.",
         ("pool", "evaluator", "AUC within prompts", "AUC across prompts", "ECE"),
         tuple(
             (str(row["pool"]), str(row["evaluator"]), cell(row, "auc_within"), cell(row, "auc_across"),
@@ -156,45 +167,31 @@ def _against_fixed(kinds: Kinds, names: Sequence[str]) -> Table:
     for name in names:
         found = outcomes_of(kinds["prompts"], name)
         for policy in adaptive(found):
-            gained = _difference(policy, found)
+            best = found[BEST.format(evaluator_in(policy.name))]
+            fraction = fraction_of_gain(policy, found[ONE], best)
             samples = number(float(policy.samples.mean()))
-            rows.append((name, policy.name, samples, gained if gained is not None else "no gain"))
+            kept = fraction if fraction is not None else "no gain"
+            rows.append((name, policy.name, samples, more_than_fixed(policy, found), kept))
     return Table(
         "Which rule is worth more than as many samples for every prompt",
-        "Fraction of the gain of choosing among all samples by text, less that of a fixed number of samples with the "
-        "same average (a mixture of the two nearest numbers, chosen by text); paired over prompts.",
-        ("pool", "rule", "samples", "fraction of gain, more than fixed"),
+        "Reward, more than fixed: less that of a fixed number of samples with the same average (a mixture of the two "
+        "nearest numbers) chosen by the same evaluator. Fraction of gain: of choosing among all samples by the same "
+        "evaluator; no gain: where that is not above one sample. Paired over prompts.",
+        ("pool", "rule", "samples", "reward, more than fixed", "fraction of gain"),
         tuple(rows),
     )
 
 
-def _figure(kinds: Kinds, names: Sequence[str]) -> Any:
-    """Return FG of the two adaptive rules by text and of their fixed twins, or None where no pool has a gain."""
-    kept, policies, twins = [], [], []
+def _figure(kinds: Kinds, names: Sequence[str]) -> Picture:
+    """Return what stopping is worth beyond a fixed number of samples, for every pool and evaluator."""
+    labels, found = [], []
     for name in names:
-        found = outcomes_of(kinds["prompts"], name)
-        rules = [one for one in adaptive(found) if one.name.startswith("adaptive by text, ")]
-        if not rules:
-            continue
-        best = found[BEST.format(TEXT)]
-        own = fraction_of_gain(rules[0], found[ONE], best)
-        twin = fraction_of_gain(matched(rules[0], found), found[ONE], best)
-        if own is not None and twin is not None:
-            kept.append(f"{name}, {rules[0].samples.mean():.2f} samples")
-            policies.append(own)
-            twins.append(twin)
-    if not kept:
-        return None
-
-    def series(label: str, estimates: Sequence[Estimate]) -> Series:
-        ends = [(one.low if one.low is not None else one.value, one.high if one.high is not None else one.value)
-                for one in estimates]  # fmt: skip
-        return Series(label, [one.value for one in estimates], [low for low, _ in ends], [high for _, high in ends])
-
-    frame = Frame(
-        "adaptive_pools",
-        "Fraction of the gain of choosing among all samples that is kept; 95% intervals over prompts.",
-        xlabel="fraction of gain",
-        level=0.0,
-    )
-    return plots.dots(kept, [series("adaptive by text", policies), series("as many for every prompt", twins)], frame)
+        outcomes = outcomes_of(kinds["prompts"], name)
+        for policy in _cheapest(outcomes):
+            labels.append(f"{name}, {evaluator_in(policy.name)}, {number(float(policy.samples.mean()))} samples")
+            found.append(more_than_fixed(policy, outcomes))
+    low, high = ([getattr(one, end) if getattr(one, end) is not None else one.value for one in found]
+                 for end in ("low", "high"))  # fmt: skip
+    series = Series("adaptive, less fixed", [one.value for one in found], low, high)
+    caption = "Mean reward of stopping at a threshold, less that of as many samples for every prompt; 95% intervals."
+    return plots.dots(labels, [series], Frame("adaptive_pools", caption, xlabel="reward", level=0.0, legend=False))

@@ -74,6 +74,8 @@ ReaderName = Literal["suffix", "slot", "probe"]
 Split = Literal["train", "held_out", "validation", "test"]
 TRAINING: dict[Stratum, float] = {"easy": 0.4, "medium": 0.4, "hopeless": 0.2}
 """Shares of the strata in what is trained on."""
+DEMONSTRATED: dict[Stratum, float] = {"easy": 0.5, "medium": 0.45, "hopeless": 0.05}
+"""The same of the worked solutions: what nobody learns need not be shown often."""
 POLICY = "policy"
 """Folder of the merged policy."""
 
@@ -84,7 +86,7 @@ class SmolLMStudy(Config):
 
     model: str = "smollm2"
     """Language model that is fine-tuned, as `LanguageModelConfig.name`."""
-    sft_problems: int = 960
+    sft_problems: int = 2_000
     """Problems with worked solutions that it learns from, once each."""
     sft_learning_rate: float = 1e-3
     """Adam's step of the adapters."""
@@ -234,7 +236,7 @@ def all_problems(study: SmolLMStudy) -> dict[str, tuple[Problem, ...]]:
     """Return the problems of fine-tuning ("sft") and of every split; none is in two of them."""
     splits: tuple[Split, ...] = ("test", "validation", "held_out", "train")
     wanted: dict[str, Mapping[Stratum, int]] = {split: strata_of(study, split) for split in splits}
-    wanted["sft"] = counts_of(TRAINING, study.sft_problems)
+    wanted["sft"] = counts_of(DEMONSTRATED, study.sft_problems)
     found: dict[str, tuple[Problem, ...]] = {}
     seen: set[str] = set()
     for name, strata in wanted.items():

@@ -107,7 +107,8 @@ def sections(kinds: Kinds, counts: Sequence[int], splits: int) -> list[Section]:
     """Return E6's part of the page; head sets are compared on the first splits only, the rule's switches on all."""
     scores = Scores([row for row in kinds["rows"] if int(row["split"]) < splits])
     section = Section("E6: which head sets can be re-weighted")
-    section.text(f"On {splits} of the splits, for all head sets alike, so E1's numbers differ a little.")
+    if any(int(row["split"]) >= splits for row in kinds["rows"]):
+        section.text(f"On {splits} of the splits, for all head sets alike, so that E1's numbers differ a little.")
     _meter(section, scores, [row for row in kinds["diversity"] if int(row["split"]) < splits])
     section.table(_sizes(scores, counts))
     betas = _betas(scores, kinds["settings"], counts)

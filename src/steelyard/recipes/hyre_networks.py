@@ -97,12 +97,13 @@ def network_table(scores: Scores, world: str, shots: Sequence[int]) -> Table | N
         return None
     rows = []
     for name in (SINGLE_NETWORK, *TUNED, WIDE, HYRE, GAUSSIAN):
-        own = {n: scores.cells(world, name, n, NETWORK.name) or scores.cells(world, name, n) for n in found}
-        if name == SINGLE_NETWORK:
-            own = dict.fromkeys(found, base)
-        means = [number(100 * float(np.mean([own[n][key] for key in base])), 1) for n in found]
-        hyre = [difference_text(scores.cells(world, HYRE, n), own[n]) if name != HYRE else "" for n in found]
-        rows.append((name, *(f"{mean} ({text})" if text else mean for mean, text in zip(means, hyre, strict=True))))
+        means, leads = [], []
+        for n in found:
+            every = scores.cells(world, name, n, NETWORK.name) or scores.cells(world, name, n)
+            own = base if name == SINGLE_NETWORK else {key: every[key] for key in base}
+            means.append(number(100 * float(np.mean(list(own.values()))), 1))
+            leads.append("" if name == HYRE else difference_text(scores.cells(world, HYRE, n), own))
+        rows.append((name, *(f"{mean} ({text})" if text else mean for mean, text in zip(means, leads, strict=True))))
     splits = len({split for split, _ in base})
     return Table(
         "A whole network fine-tuned",

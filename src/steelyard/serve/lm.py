@@ -57,7 +57,8 @@ def serve_lm(
         ConfigError: the port is in use, the token cannot be read, or the policy does not fit the scorer.
         MissingExtraError: the extra `serve` is not installed.
     """
-    require("fastapi", "serve")
+    for module in ("fastapi", "uvicorn"):  # before a model is loaded
+        require(module, "serve")
     token = read_token(config)
     with listen(config) as listening:
         engine = Engine(open_answerer(), config)

@@ -46,7 +46,8 @@ def serve(
         ConfigError: the port is in use, or the token cannot be read.
         MissingExtraError: the extra `serve` is not installed.
     """
-    require("fastapi", "serve")
+    for module in ("fastapi", "uvicorn"):  # before there is a store
+        require(module, "serve")
     token = read_token(config)
     with listen(config) as listening:
         service = RewardService(heads, config, method, rows)

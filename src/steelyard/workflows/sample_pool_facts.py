@@ -63,7 +63,7 @@ def facts(pool: SamplePool) -> list[Fact]:
     found.append(Fact("ties", mean_estimate(ties, generator), "pairs of samples of a prompt with equal rewards"))
     if np.isin(rewards, (0, 1)).all():
         for name, row in (("all right", rewards.min(1)), ("all wrong", 1 - rewards.max(1))):
-            found.append(Fact(name, mean_estimate(row, generator), "share of prompts; no sampling changes them"))
+            found.append(Fact(name, mean_estimate(row, generator), "share of prompts; no choice changes them"))
     if all(item.scores is not None for item in known):
         scores = known.array("scores")
         for name, measure in (("AUC within", auc_within), ("AUC across", auc_across)):

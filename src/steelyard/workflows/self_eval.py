@@ -394,15 +394,16 @@ def load_self_eval(path: str | Path, device: str = "cpu") -> TrainedSelfEval:
     if found.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected a self-evaluation ({FORMAT}), found format {found.get('format')!r}")
     artefact = from_json(SelfEvalArtefact, file.read_text(), where=str(file))
+    weights = safetensors.torch.load_file(folder / "pretrained/model.safetensors")
     generator = torch_generator(0, "initial weights", device=device)
     model: Any
     if isinstance(artefact.model, TransformerConfig):
-        model = TinyLM(artefact.model, generator)
+        has_reference = any(name.startswith("model.reference.") for name in weights)
+        model = TinyLM(artefact.model, generator, reference="copy" if has_reference else "none")
     else:
         model = load_language_model(artefact.model, generator)
     evaluator = build_evaluator(artefact.reader, model, torch_generator(0, "load")).to(device)
     learner = SelfEvaluation(replace(artefact.objective, kl_weight=0.0), model, evaluator)
-    weights = safetensors.torch.load_file(folder / "pretrained/model.safetensors")
     checkpoint.load_into(learner, weights, str(folder))
     model.requires_grad_(False)
     return TrainedSelfEval(model, learner.eval().evaluator, read_report(Path(path)), getattr(model, "tokenizer", None))
