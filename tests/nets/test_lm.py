@@ -280,7 +280,7 @@ def test_other_families_score_as_they_do_themselves(kind, tmp_path):
     (tmp_path / lm.RECORD).write_text(json.dumps(record))
     model = load(LanguageModelConfig(str(tmp_path)))
     assert model.shares_prompts == (kind == "gpt2")
-    assert model._plain_head == (kind != "gemma2")
+    assert model.head_is_plain == (kind != "gemma2")
     batch = ragged(2, 5, 64, 0)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.allclose(model.outputs(batch).token_logps, by_hand(plain, batch), atol=1e-4)

@@ -44,6 +44,7 @@ STUDY = ArithmeticStudy(
     test_prompts=8,
     samples=4,
     reader_steps=2,
+    reader="suffix",
     readers=("suffix", "probe"),
     thresholds=(0.3, 0.9),
     orders=2,
@@ -188,7 +189,7 @@ def test_policy_learns_its_tables() -> None:
     from steelyard.envs.arithmetic import EOS, ArithmeticScorer, ArithmeticTokenizer, draw_problems, padded
     from steelyard.envs.samplers import SamplingConfig, TinySampler
 
-    study = ArithmeticStudy(demonstrations=10_000)
+    study = ArithmeticStudy()
     model = train_policy(study, 0)
     tokenizer = ArithmeticTokenizer()
     problems = draw_problems(study.language, {"easy": 100}, 0, "test")
@@ -271,5 +272,5 @@ def test_parts_that_lack_something_are_left_out_with_a_sentence(
 def test_nothing_to_do_is_refused() -> None:
     with pytest.raises(ConfigError, match="parts must not be empty"):
         AdaptiveStudy(parts=())
-    with pytest.raises(ConfigError, match="reader 'suffix' among"):
+    with pytest.raises(ConfigError, match="reader 'slot' among"):
         ArithmeticStudy(readers=("probe",))

@@ -19,6 +19,12 @@ import pytest
 from steelyard.adapt.best_of_n import sample
 from steelyard.adapt.compute_policy import Budget, ComputePolicy, StopRule
 from steelyard.envs.samplers import SamplingConfig
+from steelyard.nets.self_eval import SuffixConfig, build_evaluator
+from steelyard.nets.tiny_lm import TinyLM
+from steelyard.nets.transformer import TransformerConfig
+from steelyard.objectives.self_eval import SelfEvalConfig
+from steelyard.rng import torch_generator
+from steelyard.workflows.self_eval import save_self_eval
 
 from .process import Process, httpx, until
 from .toy_lm import toy_answerer
@@ -323,6 +329,22 @@ def sent(service: Process, body: dict) -> socket.socket:
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
     return connection
+
+
+def test_the_command_serves_a_trained_model(tmp_path):
+    """A self-evaluation from disk under another name; its own thresholds stop; it ends with status 0 at ctrl-C."""
+    reader = SuffixConfig(tokens=(63,), yes_token=89, no_token=78)
+    model = TinyLM(TransformerConfig(width=16, layers=1, heads=2, context=64), torch_generator(0, "toy"))
+    evaluator = build_evaluator(reader, model, torch_generator(0, "e"))
+    folder = save_self_eval(tmp_path / "run", model, evaluator, SelfEvalConfig(reader=reader))
+    command = [sys.executable, "-m", "steelyard.cli.main", "serve", "lm", str(folder), "--port", "0", "--name", "mine"]
+    with Process([*command, "--stop.threshold", "0"], tmp_path / "log") as service:
+        assert "model: mine, samples chosen by self" in service.said
+        client = client_of(service)
+        assert ask(client, model="mine").usage.steelyard["stopped"] == "threshold"
+        with pytest.raises(openai.BadRequestError, match="max_tokens: expected at most 43 after this prompt"):
+            ask(client, model="mine", max_tokens=60)
+        assert service.signal(signal.SIGINT) == 0
 
 
 @pytest.mark.slow

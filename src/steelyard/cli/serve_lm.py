@@ -59,7 +59,9 @@ def serve_lm(argv: list[str]) -> int:
         print(f"model: {engine.answerer.name}, samples chosen by {engine.answerer.scorer}")
         if args.service.host not in LOCAL and args.service.token is args.service.token_file is None:
             print("warning: without a token, whoever reaches this address can use the model")
-        print(f"listening at {address}/v1 (documentation at {address}/docs); ctrl-C ends it", flush=True)
+        print(
+            f"listening at {address} (base_url {address}/v1, documentation {address}/docs); ctrl-C ends it", flush=True
+        )
 
     serve(opened, args.service, say)
     return 0

@@ -27,7 +27,7 @@ DIFFERS = "a transformer of 0.1 million parameters on generated arithmetic with 
 
 PRESETS: dict[str, ArithmeticStudy] = {
     "tiny": ArithmeticStudy(
-        demonstrations=10_000, train_prompts=500, validation_prompts=150, test_prompts=300, reader_steps=250
+        train_prompts=500, validation_prompts=150, test_prompts=300, readers=("slot", "probe"), reader_steps=800
     ),
     "small": ArithmeticStudy(seeds=(0, 1, 2)),
     "paper": ArithmeticStudy(

@@ -95,11 +95,11 @@ class ArithmeticStudy(Config):
     """Problems and the people who demonstrate them."""
     width: int = 64
     """Width of the transformer (four heads)."""
-    layers: int = 2
-    """Its blocks."""
-    demonstrations: int = 15_000
+    layers: int = 3
+    """Its blocks: with two the policy learns as well, but nothing is left that could compare its own steps."""
+    demonstrations: int = 12_000
     """Problems with an answer each that the policy learns from."""
-    policy_steps: int = 400
+    policy_steps: int = 500
     """Updates of the policy, 64 demonstrations each."""
     train_prompts: int = 800
     """Prompts whose samples train the readers."""
@@ -109,13 +109,13 @@ class ArithmeticStudy(Config):
     """Prompts of each mix in the tables; mixes share prompts."""
     samples: int = 16
     """N: samples of every prompt."""
-    reader: ReaderName = "suffix"
+    reader: ReaderName = "slot"
     """Which reader the tables are about."""
     readers: tuple[ReaderName, ...] = ("suffix", "slot", "probe")
     """Readers that are compared."""
-    reader_steps: int = 400
+    reader_steps: int = 2_000
     """Updates of a reader, 16 prompts with 4 samples each."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Adam's step of suffix, slot and verifier."""
     kl_weight: float = 1.0
     """How firmly the policy is kept while a suffix or slot reader is trained into it."""
@@ -172,7 +172,7 @@ def train_policy(study: ArithmeticStudy, seed: int) -> TinyLM:
         # the transformer's initial scale suits wide ones; at this width it would spend most updates on growing
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter *= study.width**-0.5 / INIT_STD
+                parameter.mul_(study.width**-0.5 / INIT_STD)
     problems = draw_problems(study.language, counts_of(TRAINING, study.demonstrations), seed, "demonstrations")
     data = demonstrations(study.language, Habits.of(study.language, seed), problems, seed)
     sampler = EpochSampler(len(problems), 64, seed, "policy")
@@ -238,6 +238,7 @@ def train_reader(
     training = SelfEvalTraining(
         SelfEvalConfig(reader=READERS[name], learning_rate=study.learning_rate, kl_weight=study.kl_weight),
         batch_prompts=16,
+        prefixes=2 if name == "suffix" else 8,  # each is another row to read for a suffix, and free for the others
         steps=study.reader_steps * (4 if name == "probe" else 1),  # a probe's update is a hundredth of the others'
         evaluation_prompts=0,
         checkpoints=study.checkpoints,

@@ -104,12 +104,16 @@ class SmolLMStudy(Config):
     """Longest sample."""
     question: str = "\nStart over?"
     """What the suffix reader is asked; short, for it is read as often as a sample is."""
-    reader: ReaderName = "suffix"
-    """Which reader the tables are about."""
+    reader: ReaderName = "slot"
+    """Which reader the tables are about; the slot reader learns from every token of a sample in one pass."""
     readers: tuple[ReaderName, ...] = ("suffix", "slot", "probe")
     """Readers that are compared."""
-    reader_steps: int = 100
-    """Updates of the suffix and slot readers, 8 prompts with 4 samples each."""
+    reader_steps: int = 160
+    """Updates of the slot reader, 8 prompts with 4 samples each."""
+    suffix_steps: int = 60
+    """The same of the suffix reader, whose updates cost twice as much."""
+    prefixes: int = 8
+    """Random parts of each sample that slot and probe learn from; the suffix reader, which pays for each, has one."""
     learning_rate: float = 3e-4
     """Adam's step of their adapters."""
     kl_weight: float = 1.0
@@ -133,8 +137,8 @@ class SmolLMStudy(Config):
         """Check ranges."""
         require_positive(
             self, "sft_problems", "sft_learning_rate", "train_prompts", "held_out_prompts", "validation_prompts",
-            "test_prompts", "samples", "max_new_tokens", "reader_steps", "learning_rate", "checkpoints", "thresholds",
-            "most_samples", "orders", "rows",
+            "test_prompts", "samples", "max_new_tokens", "reader_steps", "suffix_steps", "learning_rate",
+            "prefixes", "checkpoints", "thresholds", "most_samples", "orders", "rows",
         )  # fmt: skip
         if self.reader not in self.readers:
             raise ConfigError(f"reader must be among readers {self.readers}, found {self.reader!r}")
@@ -143,12 +147,12 @@ class SmolLMStudy(Config):
 PRESETS: dict[str, SmolLMStudy] = {
     "tiny": SmolLMStudy(
         sft_problems=240, train_prompts=32, held_out_prompts=16, validation_prompts=20, test_prompts=40, samples=8,
-        reader_steps=20,
+        reader_steps=20, suffix_steps=10,
     ),
     "small": SmolLMStudy(),
     "paper": SmolLMStudy(
         model="HuggingFaceTB/SmolLM2-135M-Instruct", sft_problems=4_000, train_prompts=2_000, held_out_prompts=200,
-        validation_prompts=300, test_prompts=1_000, reader_steps=1_000,
+        validation_prompts=300, test_prompts=1_000, reader_steps=1_000, suffix_steps=1_000,
     ),
 }  # fmt: skip
 """Sizes; small: three quarters of an hour on two quiet cores."""
@@ -356,8 +360,9 @@ def train_reader(job: SmolLMJob) -> list[Row]:
             reader=reader_config(study, job.reader, model), learning_rate=_rate(study, job.reader),
             kl_weight=study.kl_weight,
         ),
-        prefixes=1,
-        steps=study.reader_steps * (10 if job.reader == "probe" else 1),  # a probe's update costs next to nothing
+        prefixes=1 if job.reader == "suffix" else study.prefixes,
+        # a probe's update costs next to nothing
+        steps={"slot": study.reader_steps, "suffix": study.suffix_steps, "probe": 10 * study.reader_steps}[job.reader],
         evaluation_prompts=0,
         checkpoints=study.checkpoints,
         loop=LoopConfig(log_every=10, checkpoint_every=25),

@@ -322,18 +322,20 @@ def simplex() -> Way:
     return OneByOne("simplex MAP", lambda n, eta: SimplexMAP(eta), {"eta": SIMPLEX_ETAS})
 
 
-def auto(settings: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Way:
+def auto(settings: Mapping[str, Mapping[int, Mapping[str, float]]], margin: float = 2.0) -> Way:
     """Return the choice of a Gaussian over heads, HyRe or head MAP by the leave-one-out score of a user's labels.
 
     Args:
         settings: of the three by their names on the page, for every n, as they were chosen on validation users.
+        margin: as in `Auto`; 0 takes the highest score as it is.
     """
 
     def family(n: int) -> Auto:
         gaussian, hyre, around = (settings[name][n] for name in ("Gaussian over heads", "HyRe", "head MAP"))
-        return Auto((GaussianHeads(**gaussian), HyRe(eta=hyre["eta"]), HeadMAP(**around)))
+        return Auto((GaussianHeads(**gaussian), HyRe(eta=hyre["eta"]), HeadMAP(**around)), margin=margin)
 
-    return OneByOne("auto (leave one out)", family, {}, most_draws=1)
+    name = "auto (leave one out)" if margin else "auto, highest score as it is"
+    return OneByOne(name, family, {}, most_draws=1)
 
 
 @dataclass

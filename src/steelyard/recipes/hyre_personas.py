@@ -206,7 +206,7 @@ def work(job: PersonaJob) -> list[Row]:
     shots = config.population.shots
     settings = {HYRE: found} | {way.name: {n: trials.tune(way, n) for n in shots} for way in [*all_ways(), simplex()]}
     etas = {n: float(found[n]["eta"]) for n in shots}
-    for way in (ThenMAP(etas), auto(settings)):
+    for way in (ThenMAP(etas), auto(settings), auto(settings, 0.0)):
         for n in shots:
             trials.tune(way, n)
     hyre_ablations.switch(trials, heads.scale, shots)

@@ -31,6 +31,7 @@ METHODS = (
     "ridge combination",
     "simplex MAP",
     "auto (leave one out)",
+    "auto, highest score as it is",
     "fine-tune head (equal grid)",
     WIDE,
 )
