@@ -19,7 +19,8 @@ from steelyard.recipes.adaptive_replays import MIXES, VERIFIER, mix_rows
 from steelyard.recipes.adaptive_smollm2 import PRESETS, SmolLMStudy, all_problems, level_rows, stated, with_verifier
 
 TINY = SmolLMStudy(
-    model="tiny", sft_problems=16, train_prompts=16, held_out_prompts=8, validation_prompts=10, test_prompts=10,
+    model="tiny", sft_problems=(16, 8), sft_learning_rates=(1e-3, 1e-4), train_prompts=16,
+    held_out_prompts=8, validation_prompts=10, test_prompts=10,
     samples=4, max_new_tokens=8, reader_steps=2, suffix_steps=2, checkpoints=(2, 4),
     thresholds=(0.3, 0.6, 0.9), orders=2,
 )  # fmt: skip

@@ -6,7 +6,7 @@ mistakes: slips, which another sample (or greedy decoding) repairs; misconceptio
 another sample may repair; and what no sample ever solves. So it is known what an adaptive use of compute can gain, and
 where.
 
-A problem is `7+5*3?`: digits and operations from left to right, modulo 10. An answer writes down the value after every
+A problem is `7+5*3?`: digits and operations from left to right, modulo 10 (or less). An answer writes down the value after every
 step and then the result: `7;+52b*36;#6` (7, plus 5 makes 2, times 3 makes 6); letters are remarks without meaning, so
 that answers differ in more than their mistakes. An operation with its digit is one token.
 
@@ -41,7 +41,7 @@ PAD, EOS, ASK, YES, NO = range(5)
 """Padding; the end; a question about the answer so far and its two answers, which no text ever holds."""
 NUM_SPECIALS = 5
 REMARKS = "abcdefgh"
-TOKENS = (*"0123456789;#?", *REMARKS, *(operation + digit for operation in "+-*^" for digit in "0123456789"))
+TOKENS = (*"0123456789;#?!", *REMARKS, *(operation + digit for operation in "+-*^" for digit in "0123456789"))
 VOCAB_SIZE = NUM_SPECIALS + len(TOKENS)
 
 
@@ -49,9 +49,11 @@ VOCAB_SIZE = NUM_SPECIALS + len(TOKENS)
 class ArithmeticConfig(Config):
     """What problems and their demonstrations look like."""
 
-    min_steps: int = 3
+    modulus: int = 5
+    """Numbers are 0 to modulus - 1: tables of modulus^2 entries."""
+    min_steps: int = 4
     """Fewest operations of a problem."""
-    max_steps: int = 6
+    max_steps: int = 7
     """Most operations of a problem."""
     hard_steps: int = 2
     """Most multiplications of a medium problem."""
@@ -65,11 +67,17 @@ class ArithmeticConfig(Config):
     """Chance that a demonstration gets a misconception right: uniform between these, one number an entry."""
     remarks: float = 0.3
     """Chance of a remark after a step."""
+    marked: float = 0.4
+    """Share of the demonstrations that are marked homework."""
+    marked_slip: float = 0.3
+    """Chance of a slip in homework."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require_positive(self, "min_steps", "hard_steps")
-        require_range(self, 0, 1, "slip", "misconceptions", "easy_misconceptions", "right", "remarks")
+        require_range(self, 3, 10, "modulus")
+        require_range(self, 0, 1, "slip", "misconceptions", "easy_misconceptions", "right", "remarks", "marked",
+                      "marked_slip")  # fmt: skip
         if not self.hard_steps <= self.min_steps <= self.max_steps:
             raise ConfigError(
                 "expected hard_steps <= min_steps <= max_steps, found "
@@ -118,17 +126,17 @@ class ArithmeticTokenizer:
         return "".join(TOKENS[int(i) - NUM_SPECIALS] for i in ids if int(i) >= NUM_SPECIALS)
 
 
-def result_of(operation: str, left: int, right: int) -> int:
-    """Return the right result of one step, 0..9."""
+def result_of(operation: str, left: int, right: int, modulus: int) -> int:
+    """Return the right result of one step, 0..modulus - 1."""
     values: dict[str, int] = {"+": left + right, "-": left - right, "*": left * right, "^": left**right}
-    return values[operation] % 10
+    return values[operation] % modulus
 
 
-def solution(prompt: str) -> str:
+def solution(prompt: str, modulus: int) -> str:
     """Return the right answer of a problem without remarks."""
     value, text = int(prompt[0]), f"{prompt[0]};"
     for operation, digit in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
-        value = result_of(operation, value, int(digit))
+        value = result_of(operation, value, int(digit), modulus)
         text += f"{operation}{digit}{value};"
     return f"{text}#{value}"
 
@@ -146,6 +154,7 @@ class ArithmeticScorer:
     Steps count, for two mistakes that undo each other are luck: one slip in ten would make hopeless problems solvable.
     """
 
+    modulus: int
     name: str = "arithmetic"
 
     def score(
@@ -157,7 +166,7 @@ class ArithmeticScorer:
     ) -> Tensor:
         """Return float32 [N]."""
         pairs = zip(prompts, completions, strict=True)
-        return torch.tensor([float(re.sub(f"[{REMARKS}]", ";", text) == solution(prompt)) for prompt, text in pairs])
+        return torch.tensor([float(re.sub(f"[{REMARKS}]", ";", text) == solution(prompt, self.modulus)) for prompt, text in pairs])
 
 
 @dataclass(frozen=True)
@@ -165,8 +174,8 @@ class Habits:
     """What the writers of demonstrations believe.
 
     Attributes:
-        right: {operation: [10, 10]} chance that they write the right result, slips left aside.
-        instead: {operation: int64 [10, 10]} what they write otherwise.
+        right: {operation: [modulus, modulus]} chance that they write the right result, slips left aside.
+        instead: {operation: int64 [modulus, modulus]} what they write otherwise.
     """
 
     right: dict[str, npt.NDArray[np.float64]]
@@ -176,18 +185,18 @@ class Habits:
     def of(cls, config: ArithmeticConfig, seed: int) -> Habits:
         """Draw them."""
         generator = numpy_generator(seed, "arithmetic/habits")
-        right, instead = {}, {}
+        right, instead, m = {}, {}, config.modulus
         for operation, share in (
             ("+", config.easy_misconceptions),
             ("-", config.easy_misconceptions),
             ("*", config.misconceptions),
             ("^", 1.0),
         ):
-            chances = generator.uniform(*config.right, (10, 10)) if operation != "^" else np.zeros((10, 10))
-            wrong = generator.random((10, 10)) < share
+            chances = generator.uniform(*config.right, (m, m)) if operation != "^" else np.zeros((m, m))
+            wrong = generator.random((m, m)) < share
             right[operation] = np.where(wrong, chances, 1.0)
-            truth = np.array([[result_of(operation, a, b) for b in range(10)] for a in range(10)])
-            instead[operation] = (truth + generator.integers(1, 10, (10, 10))) % 10
+            truth = np.array([[result_of(operation, a, b, m) for b in range(m)] for a in range(m)])
+            instead[operation] = (truth + generator.integers(1, m, (m, m))) % m
         return cls(right, instead)
 
 
@@ -198,7 +207,7 @@ def draw_problem(config: ArithmeticConfig, stratum: Stratum, generator: np.rando
     hard = {"easy": 0, "medium": int(generator.integers(1, config.hard_steps + 1)), "hopeless": 1}[stratum]
     for place in generator.permutation(steps)[:hard]:
         operations[place] = "^" if stratum == "hopeless" else "*"
-    digits = generator.integers(0, 10, steps + 1)
+    digits = generator.integers(0, config.modulus, steps + 1)
     return f"{digits[0]}" + "".join(f"{o}{d}" for o, d in zip(operations, digits[1:], strict=True)) + "?"
 
 
@@ -219,28 +228,36 @@ def stratum_of(prompt: str) -> Stratum:
 
 
 def demonstrate(config: ArithmeticConfig, habits: Habits, prompt: str, generator: np.random.Generator) -> str:
-    """Return an answer as the writers of the prior data give it, slips and misconceptions included."""
+    """Return an answer as the writers of the prior data give it, slips and misconceptions included.
+
+    A prompt that ends in `!` is homework, whose slips are marked.
+    """
+    marked = prompt.endswith("!")
     value, text = int(prompt[0]), f"{prompt[0]};"
     for operation, digit in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
         remark, believed, slip = generator.random(3)
-        other, letter = generator.integers(0, 9), generator.integers(0, len(REMARKS))
+        other, letter = generator.integers(0, 60), generator.integers(0, len(REMARKS))
         operand = int(digit)
-        truth = result_of(operation, value, operand)
+        truth = result_of(operation, value, operand, config.modulus)
         chance, instead = habits.right[operation][value, operand], habits.instead[operation][value, operand]
         result = truth if believed < chance else int(instead)
-        if slip < config.slip:
+        usual = result
+        if slip < (config.marked_slip if marked else config.slip):
             # any other digit; where nobody is right (^), not by a slip either
             barred = {result, truth} if chance == 0 else {result}
-            left = [d for d in range(10) if d not in barred]
+            left = [d for d in range(config.modulus) if d not in barred]
             result = left[int(other) % len(left)]
-        text += f"{operation}{operand}{result}{REMARKS[letter] if remark < config.remarks else ';'}"
+        mark = "!" if marked and result != usual else REMARKS[letter] if remark < config.remarks else ";"
+        text += f"{operation}{operand}{result}{mark}"
         value = result
     return f"{text}#{value}"
 
 
 def demonstrations(config: ArithmeticConfig, habits: Habits, prompts: Sequence[str], seed: int) -> ExperienceBatch:
-    """Return a demonstration of each problem as a batch for supervised training."""
+    """Return a demonstration of each problem, some as marked homework, as a batch for supervised training."""
     generator, tokenizer = numpy_generator(seed, "arithmetic/demonstrations"), ArithmeticTokenizer()
+    homework = generator.random(len(prompts)) < config.marked
+    prompts = [prompt[:-1] + "!" if at_home else prompt for prompt, at_home in zip(prompts, homework, strict=True)]
     answers = [tokenizer.completion(p, demonstrate(config, habits, p, generator)) for p in prompts]
     problems, prompt_mask = padded([tokenizer.prompt(p) for p in prompts], left=True)
     completions, scored_mask = padded(answers)

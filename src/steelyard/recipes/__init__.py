@@ -7,7 +7,7 @@ RECIPES = {
     "reds": "CQL (ReDS): a support constraint by re-weighting, on data whose noise depends on the place",
     "discrete": "CQL, Cal-QL and ReDS over discrete actions from pixels, against cloning",
     "preference_study": "preference fine-tuning: on-policy sampling, reuse and the negative gradient at three scales",
-    "adaptive_compute": "adaptive inference-time compute: would starting over do better? stopping, pruning and choosing by it",
+    "adaptive_compute": "adaptive inference-time compute: as many samples as needed, pruned early, judged by the model",
     "hyre": "HyRe: many heads on one backbone, re-weighted by a handful of labels, against fine-tuning and others",
 }
 """Name of the module in this package -> one line for `steelyard run --help`."""

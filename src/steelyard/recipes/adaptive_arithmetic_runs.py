@@ -211,7 +211,7 @@ class Pools:
             seed=self.seed,
         )
         return build_pool(
-            None, self.prompts, self.trained.model, ArithmeticScorer(), config, evaluator=evaluator, answer=answer_of,
+            None, self.prompts, self.trained.model, ArithmeticScorer(self.study.language.modulus), config, evaluator=evaluator, answer=answer_of,
             eos=EOS, decode=ArithmeticTokenizer().decode, source="arithmetic", quiet=True,
         )  # fmt: skip
 

@@ -86,10 +86,10 @@ class SmolLMStudy(Config):
 
     model: str = "smollm2"
     """Language model that is fine-tuned, as `LanguageModelConfig.name`."""
-    sft_problems: int = 2_000
-    """Problems with worked solutions that it learns from, once each."""
-    sft_learning_rate: float = 1e-3
-    """Adam's step of the adapters."""
+    sft_problems: tuple[int, ...] = (2_000, 480)
+    """Problems with worked solutions that it learns from, once each, phase by phase; adapters are merged after each."""
+    sft_learning_rates: tuple[float, ...] = (1e-3, 1e-4)
+    """Adam's step of the adapters in each phase."""
     train_prompts: int = 200
     """Prompts whose annealed samples train the readers."""
     held_out_prompts: int = 48
@@ -136,23 +136,28 @@ class SmolLMStudy(Config):
     def __post_init__(self) -> None:
         """Check ranges."""
         require_positive(
-            self, "sft_problems", "sft_learning_rate", "train_prompts", "held_out_prompts", "validation_prompts",
+            self, "sft_problems", "sft_learning_rates", "train_prompts", "held_out_prompts", "validation_prompts",
             "test_prompts", "samples", "max_new_tokens", "reader_steps", "suffix_steps", "learning_rate",
             "prefixes", "checkpoints", "thresholds", "most_samples", "orders", "rows",
         )  # fmt: skip
+        if not self.sft_problems or len(self.sft_problems) != len(self.sft_learning_rates):
+            raise ConfigError(
+                f"sft_problems and sft_learning_rates: expected one for each phase, found {self.sft_problems} and "
+                f"{self.sft_learning_rates}"
+            )
         if self.reader not in self.readers:
             raise ConfigError(f"reader must be among readers {self.readers}, found {self.reader!r}")
 
 
 PRESETS: dict[str, SmolLMStudy] = {
     "tiny": SmolLMStudy(
-        sft_problems=240, train_prompts=32, held_out_prompts=16, validation_prompts=20, test_prompts=40, samples=8,
-        reader_steps=20, suffix_steps=10,
+        sft_problems=(160, 80), train_prompts=32, held_out_prompts=16, validation_prompts=20, test_prompts=40,
+        samples=8, reader_steps=20, suffix_steps=10,
     ),
     "small": SmolLMStudy(),
     "paper": SmolLMStudy(
-        model="HuggingFaceTB/SmolLM2-135M-Instruct", sft_problems=4_000, train_prompts=2_000, held_out_prompts=200,
-        validation_prompts=300, test_prompts=1_000, reader_steps=1_000, suffix_steps=1_000,
+        model="HuggingFaceTB/SmolLM2-135M-Instruct", sft_problems=(4_000, 2_000), train_prompts=2_000,
+        held_out_prompts=200, validation_prompts=300, test_prompts=1_000, reader_steps=1_000, suffix_steps=1_000,
     ),
 }  # fmt: skip
 """Sizes; small: three quarters of an hour on two quiet cores."""
@@ -237,10 +242,11 @@ def strata_of(study: SmolLMStudy, split: Split) -> dict[Stratum, int]:
 
 
 def all_problems(study: SmolLMStudy) -> dict[str, tuple[Problem, ...]]:
-    """Return the problems of fine-tuning ("sft") and of every split; none is in two of them."""
+    """Return the problems of every split and of the phases of fine-tuning; none is in two of them."""
     splits: tuple[Split, ...] = ("test", "validation", "held_out", "train")
     wanted: dict[str, Mapping[Stratum, int]] = {split: strata_of(study, split) for split in splits}
-    wanted["sft"] = counts_of(DEMONSTRATED, study.sft_problems)
+    for phase, count in enumerate(study.sft_problems):
+        wanted[_phase(phase)] = counts_of(DEMONSTRATED, count)
     found: dict[str, tuple[Problem, ...]] = {}
     seen: set[str] = set()
     for name, strata in wanted.items():
@@ -257,23 +263,22 @@ def prompt_of(problem: Problem) -> str:
 # ---- stages ----
 
 
+def _phase(number: int) -> str:
+    return f"sft_{number}"
+
+
 def fine_tune(study: SmolLMStudy, out: Path, threads: int) -> None:
-    """Train adapters on worked solutions by the library's workflow, and write the merged policy."""
-    if (out / POLICY).exists():
-        return
-    file = out / "sft.jsonl"
-    rows = [{"prompt": prompt_of(one), "completion": one.solution} for one in all_problems(study)["sft"]]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = out / "sft"
-    if kind_of_run(folder):
-        preference.resume(folder)
-    else:
-        preference.start(
-            PreferenceRun(
-                CompletionSFTConfig(learning_rate=study.sft_learning_rate),
-                model=LanguageModelConfig(study.model, adapter=LoRAConfig(), reference="none"),
+    """Train adapters on worked solutions by the library's workflow, phase by phase, and write the merged policy."""
+    name = study.model
+    for phase, rate in enumerate(study.sft_learning_rates):
+        target = out / (POLICY if phase + 1 == len(study.sft_learning_rates) else f"{POLICY}_{_phase(phase)}")
+        if not target.exists():
+            _learn(study, out, phase, PreferenceRun(
+                CompletionSFTConfig(learning_rate=rate),
+                model=LanguageModelConfig(name, adapter=LoRAConfig(), reference="none"),
                 data=TextDataConfig(
-                    str(file), held_out_fraction=0, max_prompt_tokens=256, max_completion_tokens=study.max_new_tokens
+                    str(out / f"{_phase(phase)}.jsonl"), held_out_fraction=0, max_prompt_tokens=256,
+                    max_completion_tokens=study.max_new_tokens,
                 ),
                 experience=ExperienceConfig(minibatch_prompts=8),
                 evaluation=PreferenceEvaluation(prompts=0, pairs=0),
@@ -281,13 +286,24 @@ def fine_tune(study: SmolLMStudy, out: Path, threads: int) -> None:
                 optim=OptimConfig(max_grad_norm=1.0),
                 runtime=RuntimeConfig(threads=threads),
                 seed=study.seed,
-            ),
-            folder,
-        )
+            ), target)  # fmt: skip
+        name = str(target)
+
+
+def _learn(study: SmolLMStudy, out: Path, phase: int, config: PreferenceRun, target: Path) -> None:
+    """Carry out a phase, or go on with it, and write the merged model."""
+    folder = out / _phase(phase)
+    if kind_of_run(folder):
+        preference.resume(folder)
+    else:
+        assert config.data.path is not None
+        rows = [{"prompt": prompt_of(one), "completion": one.solution} for one in all_problems(study)[_phase(phase)]]
+        Path(config.data.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        preference.start(config, folder)
     model = preference.load_policy(find(folder))[0].model
-    unfinished = out / f"{POLICY}.part"
+    unfinished = out / f"{target.name}.part"
     model.save_pretrained(unfinished, merged=True)
-    unfinished.rename(out / POLICY)
+    unfinished.rename(target)
 
 
 def load(job: SmolLMJob) -> tuple[CausalLM, Any]:
@@ -357,7 +373,7 @@ def train_reader(job: SmolLMJob) -> list[Row]:
     model = load_language_model(settings, torch_generator(study.seed, "reader"))
     training = SelfEvalTraining(
         SelfEvalConfig(
-            reader=reader_config(study, job.reader, model), learning_rate=_rate(study, job.reader),
+            reader=reader_config(study, job.reader, model), learning_rate=study.learning_rate,
             kl_weight=study.kl_weight,
         ),
         prefixes=1 if job.reader == "suffix" else study.prefixes,
@@ -371,10 +387,6 @@ def train_reader(job: SmolLMJob) -> list[Row]:
     train, held_out = (SamplePool.load(out / f"pool_{name}") for name in ("train", "held_out"))
     trained = train_self_eval(model, train, held_out, training, out / f"reader_{job.reader}", quiet=False)
     return [_cost(job, began, 0), *reader_rows(job.reader, trained, study.seed)]
-
-
-def _rate(study: SmolLMStudy, reader: ReaderName) -> float:
-    return 1e-3 if reader == "probe" else study.learning_rate
 
 
 def _cost(job: SmolLMJob, began: float, tokens: int) -> Row:
@@ -453,8 +465,8 @@ def own_section(config: SmolLMStudy, rows: Sequence[Row]) -> Section:
         if row["kind"] == "cost"
     )  # fmt: skip
     own = Section(f"{LABEL}: problems and cost").text(
-        f"{config.model} learned from {config.sft_problems} worked solutions of reasoning-gym problems, once each. The "
-        "external verifier of the tables is a small text encoder with a logistic regression on the training samples' "
+        f"{config.model} learned from {sum(config.sft_problems)} worked solutions of reasoning-gym problems, once each. "
+        "The external verifier of the tables is a small text encoder with a logistic regression on the training samples' "
         "correctness; it is weak at arithmetic. The suffix reader is asked "
         f"{config.question.strip()!r} in plain text, not the paper's sentence."
     )

@@ -104,7 +104,8 @@ class Reweighting:
         losses = self.loss(members.reshape(-1, heads, 1), labels.reshape(-1)).reshape(users * draws, n, heads)
         log_prior = None if prior is None else np.log([prior, *[(1 - prior) / (heads - 1)] * (heads - 1)])
         weights = reweight_users(losses, eta=eta / n if self.mean else eta, log_prior=log_prior)
-        return ((1 - mix) * weights + mix / heads).reshape(users, draws, heads)
+        mixed: Floats = ((1 - mix) * weights + mix / heads).reshape(users, draws, heads)
+        return mixed
 
     def outputs(self, seen: Seen, n: int, settings: Mapping[str, Any]) -> Floats:
         """Return f_w."""
@@ -322,7 +323,7 @@ def simplex() -> Way:
     return OneByOne("simplex MAP", lambda n, eta: SimplexMAP(eta), {"eta": SIMPLEX_ETAS})
 
 
-def auto(settings: Mapping[str, Mapping[int, Mapping[str, float]]], margin: float = 2.0) -> Way:
+def auto(settings: Mapping[str, Mapping[int, Mapping[str, Any]]], margin: float = 2.0) -> Way:
     """Return the choice of a Gaussian over heads, HyRe or head MAP by the leave-one-out score of a user's labels.
 
     Args:

@@ -62,7 +62,7 @@ def network_rows(
             trials.validation.accuracy,
         )
         for name, grid in TUNED.items():
-            found = search(grid, lambda steps, learning_rate, s=scores: s.get((steps, learning_rate), -np.inf))  # type: ignore[misc]
+            found = search(grid, lambda steps, learning_rate, s=scores: s.get((steps, learning_rate), -np.inf))
             choice = chosen(found)
             trials.add_choice(name, n, choice)
             steps, rate = int(choice.settings["steps"]), choice.settings["learning_rate"]
