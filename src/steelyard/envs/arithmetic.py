@@ -6,9 +6,10 @@ mistakes: slips, which another sample (or greedy decoding) repairs; misconceptio
 another sample may repair; and what no sample ever solves. So it is known what an adaptive use of compute can gain, and
 where.
 
-A problem is `7+5*3?`: digits and operations from left to right, modulo 10 (or less). An answer writes down the value after every
-step and then the result: `7;+52b*36;#6` (7, plus 5 makes 2, times 3 makes 6); letters are remarks without meaning, so
-that answers differ in more than their mistakes. An operation with its digit is one token.
+A problem is `7+5*3?`: digits and operations from left to right, modulo 10 (or less). An answer
+works out every step, carries its result over and states the last: `7;+522b*366;#6` (7, plus 5 makes 2, 2 is carried
+over, times 3 makes 6, ...); letters are remarks without meaning, so that answers differ in more than their mistakes. An
+operation with its digit is one token. People slip in carrying over: another digit is written down and used.
 
 | stratum | operations | a demonstration's step is right |
 |---|---|---|
@@ -41,7 +42,7 @@ PAD, EOS, ASK, YES, NO = range(5)
 """Padding; the end; a question about the answer so far and its two answers, which no text ever holds."""
 NUM_SPECIALS = 5
 REMARKS = "abcdefgh"
-TOKENS = (*"0123456789;#?!", *REMARKS, *(operation + digit for operation in "+-*^" for digit in "0123456789"))
+TOKENS = (*"0123456789;#?", *REMARKS, *(operation + digit for operation in "+-*^" for digit in "0123456789"))
 VOCAB_SIZE = NUM_SPECIALS + len(TOKENS)
 
 
@@ -58,7 +59,7 @@ class ArithmeticConfig(Config):
     hard_steps: int = 2
     """Most multiplications of a medium problem."""
     slip: float = 0.03
-    """Chance that a step's result is any other digit."""
+    """Chance that another digit than the step's result is carried over."""
     misconceptions: float = 0.6
     """Share of the entries of the multiplication table that are misconceptions."""
     easy_misconceptions: float = 0.03
@@ -67,17 +68,12 @@ class ArithmeticConfig(Config):
     """Chance that a demonstration gets a misconception right: uniform between these, one number an entry."""
     remarks: float = 0.3
     """Chance of a remark after a step."""
-    marked: float = 0.4
-    """Share of the demonstrations that are marked homework."""
-    marked_slip: float = 0.3
-    """Chance of a slip in homework."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require_positive(self, "min_steps", "hard_steps")
         require_range(self, 3, 10, "modulus")
-        require_range(self, 0, 1, "slip", "misconceptions", "easy_misconceptions", "right", "remarks", "marked",
-                      "marked_slip")  # fmt: skip
+        require_range(self, 0, 1, "slip", "misconceptions", "easy_misconceptions", "right", "remarks")
         if not self.hard_steps <= self.min_steps <= self.max_steps:
             raise ConfigError(
                 "expected hard_steps <= min_steps <= max_steps, found "
@@ -92,7 +88,7 @@ class ArithmeticConfig(Config):
     @property
     def max_answer(self) -> int:
         """Tokens of the longest demonstration, its end included."""
-        return 3 * self.max_steps + 5
+        return 4 * self.max_steps + 5
 
 
 class ArithmeticTokenizer:
@@ -137,7 +133,7 @@ def solution(prompt: str, modulus: int) -> str:
     value, text = int(prompt[0]), f"{prompt[0]};"
     for operation, digit in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
         value = result_of(operation, value, int(digit), modulus)
-        text += f"{operation}{digit}{value};"
+        text += f"{operation}{digit}{value}{value};"
     return f"{text}#{value}"
 
 
@@ -228,36 +224,25 @@ def stratum_of(prompt: str) -> Stratum:
 
 
 def demonstrate(config: ArithmeticConfig, habits: Habits, prompt: str, generator: np.random.Generator) -> str:
-    """Return an answer as the writers of the prior data give it, slips and misconceptions included.
-
-    A prompt that ends in `!` is homework, whose slips are marked.
-    """
-    marked = prompt.endswith("!")
+    """Return an answer as the writers of the prior data give it, slips and misconceptions included."""
     value, text = int(prompt[0]), f"{prompt[0]};"
     for operation, digit in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
         remark, believed, slip = generator.random(3)
-        other, letter = generator.integers(0, 60), generator.integers(0, len(REMARKS))
+        other, letter = generator.integers(0, config.modulus - 1), generator.integers(0, len(REMARKS))
         operand = int(digit)
         truth = result_of(operation, value, operand, config.modulus)
         chance, instead = habits.right[operation][value, operand], habits.instead[operation][value, operand]
         result = truth if believed < chance else int(instead)
-        usual = result
-        if slip < (config.marked_slip if marked else config.slip):
-            # any other digit; where nobody is right (^), not by a slip either
-            barred = {result, truth} if chance == 0 else {result}
-            left = [d for d in range(config.modulus) if d not in barred]
-            result = left[int(other) % len(left)]
-        mark = "!" if marked and result != usual else REMARKS[letter] if remark < config.remarks else ";"
-        text += f"{operation}{operand}{result}{mark}"
         value = result
+        if slip < config.slip:
+            value = (result + 1 + int(other)) % config.modulus
+        text += f"{operation}{operand}{result}{value}{REMARKS[letter] if remark < config.remarks else ';'}"
     return f"{text}#{value}"
 
 
 def demonstrations(config: ArithmeticConfig, habits: Habits, prompts: Sequence[str], seed: int) -> ExperienceBatch:
-    """Return a demonstration of each problem, some as marked homework, as a batch for supervised training."""
+    """Return a demonstration of each problem as a batch for supervised training."""
     generator, tokenizer = numpy_generator(seed, "arithmetic/demonstrations"), ArithmeticTokenizer()
-    homework = generator.random(len(prompts)) < config.marked
-    prompts = [prompt[:-1] + "!" if at_home else prompt for prompt, at_home in zip(prompts, homework, strict=True)]
     answers = [tokenizer.completion(p, demonstrate(config, habits, p, generator)) for p in prompts]
     problems, prompt_mask = padded([tokenizer.prompt(p) for p in prompts], left=True)
     completions, scored_mask = padded(answers)

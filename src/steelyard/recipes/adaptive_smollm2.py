@@ -465,9 +465,9 @@ def own_section(config: SmolLMStudy, rows: Sequence[Row]) -> Section:
         if row["kind"] == "cost"
     )  # fmt: skip
     own = Section(f"{LABEL}: problems and cost").text(
-        f"{config.model} learned from {sum(config.sft_problems)} worked solutions of reasoning-gym problems, once each. "
-        "The external verifier of the tables is a small text encoder with a logistic regression on the training samples' "
-        "correctness; it is weak at arithmetic. The suffix reader is asked "
+        f"{config.model} learned from {sum(config.sft_problems)} worked solutions of reasoning-gym problems once. The "
+        "external verifier of the tables is a small text encoder with a logistic regression on correctness; it is weak "
+        "at arithmetic. The suffix reader is asked "
         f"{config.question.strip()!r} in plain text, not the paper's sentence."
     )
     own.table(

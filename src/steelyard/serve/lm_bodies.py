@@ -40,12 +40,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class Wanted(Body):
     """The field `steelyard` of a request: a part of `ComputePolicy`, and what to stream."""
 
-    temperatures: dict[str, JsonValue] = Field({}, description="fields of TemperatureSchedule")
-    stop: dict[str, JsonValue] = Field({}, description="fields of StopRule, e.g. threshold")
-    prune: dict[str, JsonValue] = Field({}, description="fields of PruneRule")
-    budget: dict[str, JsonValue] = Field({}, description="max_samples, max_tokens")
-    waves: Annotated[list[int], Field(min_length=1)] | None = Field(None, description="samples of each round")
-    decisions: bool = Field(False, description="stream what was drawn and decided before the answer")
+    temperatures: dict[str, JsonValue] = Field(default={}, description="fields of TemperatureSchedule")
+    stop: dict[str, JsonValue] = Field(default={}, description="fields of StopRule, e.g. threshold")
+    prune: dict[str, JsonValue] = Field(default={}, description="fields of PruneRule")
+    budget: dict[str, JsonValue] = Field(default={}, description="max_samples, max_tokens")
+    waves: Annotated[list[int], Field(min_length=1)] | None = Field(default=None, description="samples of each round")
+    decisions: bool = Field(default=False, description="stream what was drawn and decided before the answer")
 
     def policy(self, own: ComputePolicy) -> ComputePolicy:
         """Return the service's policy with what was asked for.
