@@ -596,7 +596,7 @@ def test_rows_of_one_prompt_are_put_together(heads, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["hyer"], "Expected 'hyre', found 'hyer'; did you mean 'hyre'?"),
+        (["hyer"], "Expected 'hyre' or 'best_of_n', found 'hyer'; did you mean 'hyre'?"),
         (["hyre", "HEADS"], "no labels: give a file with --labels FILE, or --ask"),
         (["hyre", "nowhere", "--labels", "LABELS"], "nowhere: neither a run nor a checkpoint"),
         (["hyre", "HEADS", "--labels", "nowhere.jsonl"], "nowhere.jsonl: no such file"),

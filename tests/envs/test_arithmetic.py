@@ -32,14 +32,15 @@ CONFIG = ArithmeticConfig()
 
 
 def right(problem: str, answer: str) -> bool:
-    return bool(ArithmeticScorer().score([problem], [answer], [[]], {})[0])
+    return bool(ArithmeticScorer(CONFIG.modulus).score([problem], [answer], [[]], {})[0])
 
 
 def test_solution_by_hand() -> None:
-    assert solution("7+5*3?") == "7;+52;*36;#6"
-    assert solution("2-9?") == "2;-93;#3"
-    assert solution("3^0*4-5?") == "3;^01;*44;-59;#9"
-    assert result_of("^", 0, 0) == 1
+    assert solution("7+5*3?", 10) == "7;+52;*36;#6"
+    assert solution("2-9?", 10) == "2;-93;#3"
+    assert solution("3^0*4-5?", 10) == "3;^01;*44;-59;#9"
+    assert result_of("^", 0, 0, 10) == 1
+    assert solution("3+4?", 5) == "3;+42;#2"
 
 
 @pytest.mark.parametrize(
@@ -53,14 +54,15 @@ def test_scorer_wants_every_step_and_the_result_right_and_ignores_remarks() -> N
     answers = [
         "7;+52;-11;#1",
         "7;+52b-11;#1",
+        "7;+5~2;-11;#1",
         "7;+53;-11;#1",
         "7;+52;-11;#2",
         "7;+52;-11;",
         "7;+52;#1",
         "7;+52;-11;#1;",
     ]
-    scores = ArithmeticScorer().score(["7+5-1?"] * 7, answers, [[]] * 7, {})
-    assert scores.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    scores = ArithmeticScorer(10).score(["7+5-1?"] * 8, answers, [[]] * 8, {})
+    assert scores.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def test_problems_are_of_their_stratum_and_none_comes_twice() -> None:
@@ -92,14 +94,27 @@ def test_slips_come_at_their_rate() -> None:
     assert share == pytest.approx(0.8**3, abs=0.04)
 
 
+def test_doubt_comes_before_wrong_results_far_more_often_than_before_right_ones() -> None:
+    config = ArithmeticConfig(slip=0.3, easy_misconceptions=0.0)
+    habits, generator = Habits.of(config, 0), numpy_generator(0, "test")
+    doubted: dict[bool, list[bool]] = {True: [], False: []}
+    for problem in draw_problems(config, {"easy": 300}, 0, "x"):
+        steps = re.split("[;a-h]", demonstrate(config, habits, problem, generator))
+        for before, step in itertools.pairwise(steps[:-1]):
+            wrong = int(step[-1]) != result_of(step[0], int(before[-1]), int(step[1]), config.modulus)
+            doubted[wrong].append("~" in step)
+    assert np.mean(doubted[True]) == pytest.approx(config.doubt, abs=0.05)
+    assert np.mean(doubted[False]) == pytest.approx(config.worry, abs=0.02)
+
+
 def test_no_sample_of_a_hopeless_step_is_right() -> None:
-    config = ArithmeticConfig(slip=0.9, min_steps=2, max_steps=2)
+    config = ArithmeticConfig(slip=0.9, doubt=0.0, worry=0.0, min_steps=2, max_steps=2)
     habits, generator = Habits.of(config, 0), numpy_generator(0, "test")
     for problem in draw_problems(config, {"hopeless": 200}, 0, "x"):
         steps = re.split("[;a-h]", demonstrate(config, habits, problem, generator))
         for before, step in itertools.pairwise(steps[:-1]):
             if step[0] == "^":
-                assert int(step[2]) != result_of("^", int(before[-1]), int(step[1]))
+                assert int(step[2]) != result_of("^", int(before[-1]), int(step[1]), config.modulus)
 
 
 def test_demonstrations_are_a_batch_of_problem_and_answer() -> None:
@@ -124,7 +139,7 @@ def test_padding_goes_to_the_side_asked_for() -> None:
 
 
 def test_bad_settings_and_texts_are_told() -> None:
-    with pytest.raises(ConfigError, match="hard_steps <= min_steps <= max_steps, found 2, 1, 6"):
+    with pytest.raises(ConfigError, match="hard_steps <= min_steps <= max_steps, found 2, 1, 7"):
         ArithmeticConfig(min_steps=1)
     with pytest.raises(ConfigError, match="slip must be between 0 and 1, found 2"):
         ArithmeticConfig(slip=2.0)

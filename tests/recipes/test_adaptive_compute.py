@@ -82,7 +82,7 @@ def known_pool(annealed: bool, prompts: int = 60, samples: int = 16, seed: int =
                 columns={VERIFIER: (0.9 * rewards + 0.05).tolist()},
             )
         )
-    return SamplePool(tuple(items), (5, 10), "made")
+    return SamplePool(tuple(items), (6, 12), "made")
 
 
 def known_rows() -> list[dict[str, Any]]:
@@ -126,8 +126,8 @@ def test_pruning_by_score_keeps_the_right_ones_and_costs_less() -> None:
     mix = Mix.of(known_rows(), "mixed")
     half = mix["pruned", "lowest scores, 50%", None]
     np.testing.assert_allclose(half.rewards, mix.oracle.rewards)
-    # 4 of 16 at 5 tokens and 4 at 10 instead of 20 tokens each
-    assert set(half.decoded) == {4 * 5 + 4 * 10 + 8 * 20.0}
+    # 4 of 16 at 6 tokens and 4 at 12 instead of 20 tokens each
+    assert set(half.decoded) == {4 * 6 + 4 * 12 + 8 * 20.0}
     assert mix["pruned", "at random, 50%", None].rewards.mean() < half.rewards.mean()
 
 
@@ -197,7 +197,7 @@ def test_policy_learns_its_tables() -> None:
     sampler = TinySampler(model, SamplingConfig(temperature=0, max_new_tokens=study.language.max_answer), EOS, 0)
     drawn = sampler.sample(prompts, mask, 1, seed=0, step=0, keys=np_keys(100))
     texts = [tokenizer.decode(row.tolist()) for row in drawn.completions]
-    assert ArithmeticScorer().score(problems, texts, [[]] * 100, {}).mean() > 0.75
+    assert ArithmeticScorer(5).score(problems, texts, [[]] * 100, {}).mean() > 0.75
 
 
 def np_keys(count: int) -> Any:
