@@ -257,7 +257,7 @@ def test_parts_that_lack_something_are_left_out_with_a_sentence(
                 raise self.error
             return [Section("Here it is")], []
 
-    parts = {"tier1": Part(None), "tier2": Part(MissingExtraError("needs lm")), "pools": Part(DataError("no folder"))}
+    parts = {"tier1": Part(None), "tier2": Part(MissingExtraError("needs lm"))}
     for name, part in parts.items():
         monkeypatch.setitem(adaptive_compute.MODULES, name, part)
     path = adaptive_compute.run(AdaptiveStudy(parts=("tier1", "tier2", "pools"), out=str(tmp_path)), "tiny")
@@ -265,8 +265,11 @@ def test_parts_that_lack_something_are_left_out_with_a_sentence(
     assert "Here it is" in page
     assert "Left out: tier2" in page
     assert "needs lm" in page
-    assert "no folder" in page
-    assert "pools: left out: no folder" in capsys.readouterr().out
+    assert "give the folder that holds them: --data DIR" in page
+    assert "pools: left out: real samples cannot be generated" in capsys.readouterr().out
+    monkeypatch.setitem(adaptive_compute.MODULES, "pools", Part(DataError("a broken pool")))
+    with pytest.raises(DataError, match="a broken pool"):  # nothing that is there may be left out
+        adaptive_compute.run(AdaptiveStudy(parts=("pools",), data="here", out=str(tmp_path)), "tiny")
 
 
 def test_nothing_to_do_is_refused() -> None:

@@ -6,14 +6,16 @@ mistakes: slips, which another sample (or greedy decoding) repairs; misconceptio
 another sample may repair; and what no sample ever solves. So it is known what an adaptive use of compute can gain, and
 where.
 
-A problem is `7+5*3?`: digits and operations from left to right, modulo 10 (or less). An answer
-works out every step, carries its result over and states the last: `7;+522b*366;#6` (7, plus 5 makes 2, 2 is carried
-over, times 3 makes 6, ...); letters are remarks without meaning, so that answers differ in more than their mistakes. An
-operation with its digit is one token. People slip in carrying over: another digit is written down and used.
+A problem is `7+5*3?`: digits and operations from left to right, modulo 10 (or less). An answer writes down the value
+after every step and then the result: `7;+52b*3~6;#6` (7, plus 5 makes 2, times 3 makes 6). An operation with its digit
+is one token. Letters between the steps are remarks without meaning. `~` is doubt: writers often hesitate before a
+result that will be wrong, and seldom before a right one. This is what makes self-evaluation learnable here: a model of
+this size did not learn, in the updates there is time for, to work out every step again and compare it with what stands
+there. So the task is easier in this respect than an answer whose mistakes show nowhere.
 
-| stratum | operations | a demonstration's step is right |
+| stratum | operations | a demonstration's step is right, slips aside |
 |---|---|---|
-| easy | + - | 1 - slip, but for a few entries of the tables |
+| easy | + - | but for a few entries of the tables |
 | medium | + - and 1 to `hard_steps` times * | for a share of the entries of * with a chance drawn from `right` |
 | hopeless | + - and ^ once | never for ^ |
 """
@@ -41,8 +43,8 @@ STRATA: tuple[Stratum, ...] = get_args(Stratum)
 PAD, EOS, ASK, YES, NO = range(5)
 """Padding; the end; a question about the answer so far and its two answers, which no text ever holds."""
 NUM_SPECIALS = 5
-REMARKS = "abcdefgh"
-TOKENS = (*"0123456789;#?", *REMARKS, *(operation + digit for operation in "+-*^" for digit in "0123456789"))
+REMARKS, DOUBT = "abcdefgh", "~"
+TOKENS = (*"0123456789;#?", DOUBT, *REMARKS, *(operation + digit for operation in "+-*^" for digit in "0123456789"))
 VOCAB_SIZE = NUM_SPECIALS + len(TOKENS)
 
 
@@ -58,22 +60,26 @@ class ArithmeticConfig(Config):
     """Most operations of a problem."""
     hard_steps: int = 2
     """Most multiplications of a medium problem."""
-    slip: float = 0.03
-    """Chance that another digit than the step's result is carried over."""
+    slip: float = 0.04
+    """Chance that a step's result is another digit."""
+    doubt: float = 0.97
+    """Chance of hesitating before a wrong result."""
+    worry: float = 0.01
+    """The same before a right one."""
     misconceptions: float = 0.6
     """Share of the entries of the multiplication table that are misconceptions."""
     easy_misconceptions: float = 0.03
     """The same of addition and subtraction."""
     right: tuple[float, float] = (0.1, 0.5)
     """Chance that a demonstration gets a misconception right: uniform between these, one number an entry."""
-    remarks: float = 0.3
+    remarks: float = 0.1
     """Chance of a remark after a step."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require_positive(self, "min_steps", "hard_steps")
         require_range(self, 3, 10, "modulus")
-        require_range(self, 0, 1, "slip", "misconceptions", "easy_misconceptions", "right", "remarks")
+        require_range(self, 0, 1, "slip", "doubt", "worry", "misconceptions", "easy_misconceptions", "right", "remarks")
         if not self.hard_steps <= self.min_steps <= self.max_steps:
             raise ConfigError(
                 "expected hard_steps <= min_steps <= max_steps, found "
@@ -113,8 +119,10 @@ class ArithmeticTokenizer:
         """
         found = re.findall(r"[-+*^]\d|.", text, re.DOTALL)
         if unknown := [token for token in found if token not in self._ids]:
-            raise DataError(f"text {text!r:.40}: expected digits, operations with a digit, ';', '#', '?' and remarks "
-                            f"({REMARKS}), found {unknown[0]!r}")  # fmt: skip
+            raise DataError(
+                f"text {text!r:.40}: expected digits, operations with a digit, any of {';#?~'!r} and remarks "
+                f"({REMARKS}), found {unknown[0]!r}"
+            )
         return [self._ids[token] for token in found]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -133,8 +141,13 @@ def solution(prompt: str, modulus: int) -> str:
     value, text = int(prompt[0]), f"{prompt[0]};"
     for operation, digit in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
         value = result_of(operation, value, int(digit), modulus)
-        text += f"{operation}{digit}{value}{value};"
+        text += f"{operation}{digit}{value};"
     return f"{text}#{value}"
+
+
+def plain(completion: str) -> str:
+    """Return an answer without remarks and doubts, as `solution` writes it."""
+    return re.sub(f"[{REMARKS}]", ";", completion.replace(DOUBT, ""))
 
 
 def answer_of(completion: str) -> str:
@@ -162,7 +175,7 @@ class ArithmeticScorer:
     ) -> Tensor:
         """Return float32 [N]."""
         pairs = zip(prompts, completions, strict=True)
-        return torch.tensor([float(re.sub(f"[{REMARKS}]", ";", text) == solution(prompt, self.modulus)) for prompt, text in pairs])
+        return torch.tensor([float(plain(text) == solution(prompt, self.modulus)) for prompt, text in pairs])
 
 
 @dataclass(frozen=True)
@@ -189,8 +202,7 @@ class Habits:
             ("^", 1.0),
         ):
             chances = generator.uniform(*config.right, (m, m)) if operation != "^" else np.zeros((m, m))
-            wrong = generator.random((m, m)) < share
-            right[operation] = np.where(wrong, chances, 1.0)
+            right[operation] = np.where(generator.random((m, m)) < share, chances, 1.0)
             truth = np.array([[result_of(operation, a, b, m) for b in range(m)] for a in range(m)])
             instead[operation] = (truth + generator.integers(1, m, (m, m))) % m
         return cls(right, instead)
@@ -224,19 +236,20 @@ def stratum_of(prompt: str) -> Stratum:
 
 
 def demonstrate(config: ArithmeticConfig, habits: Habits, prompt: str, generator: np.random.Generator) -> str:
-    """Return an answer as the writers of the prior data give it, slips and misconceptions included."""
+    """Return an answer as the writers of the prior data give it, slips, misconceptions and doubts included."""
     value, text = int(prompt[0]), f"{prompt[0]};"
     for operation, digit in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
-        remark, believed, slip = generator.random(3)
-        other, letter = generator.integers(0, config.modulus - 1), generator.integers(0, len(REMARKS))
+        believed, slip, doubt, remark = generator.random(4)
+        other, letter = int(generator.integers(1, config.modulus)), int(generator.integers(0, len(REMARKS)))
         operand = int(digit)
         truth = result_of(operation, value, operand, config.modulus)
         chance, instead = habits.right[operation][value, operand], habits.instead[operation][value, operand]
         result = truth if believed < chance else int(instead)
+        if slip < config.slip and chance > 0:  # where nobody is right (^), not by a slip either
+            result = (result + other) % config.modulus
+        doubted = DOUBT if doubt < (config.doubt if result != truth else config.worry) else ""
+        text += f"{operation}{operand}{doubted}{result}{REMARKS[letter] if remark < config.remarks else ';'}"
         value = result
-        if slip < config.slip:
-            value = (result + 1 + int(other)) % config.modulus
-        text += f"{operation}{operand}{result}{value}{REMARKS[letter] if remark < config.remarks else ';'}"
     return f"{text}#{value}"
 
 

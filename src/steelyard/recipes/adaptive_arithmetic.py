@@ -27,9 +27,9 @@ DIFFERS = "a transformer of 0.1 million parameters on generated arithmetic with 
 
 PRESETS: dict[str, ArithmeticStudy] = {
     "tiny": ArithmeticStudy(
-        train_prompts=500, validation_prompts=150, test_prompts=300, readers=("slot", "probe"), reader_steps=800
+        train_prompts=500, validation_prompts=150, test_prompts=300, readers=("slot", "probe"), reader_steps=200
     ),
-    "small": ArithmeticStudy(seeds=(0, 1, 2)),
+    "small": ArithmeticStudy(seeds=(0, 1)),
     "paper": ArithmeticStudy(
         seeds=tuple(range(5)),
         demonstrations=40_000,
@@ -37,7 +37,7 @@ PRESETS: dict[str, ArithmeticStudy] = {
         train_prompts=3_000,
         validation_prompts=500,
         test_prompts=2_000,
-        reader_steps=1_500,
+        reader_steps=1_000,
         orders=8,
         live_prompts=100,
     ),

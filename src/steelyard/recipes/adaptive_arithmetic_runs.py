@@ -95,11 +95,11 @@ class ArithmeticStudy(Config):
     """Problems and the people who demonstrate them."""
     width: int = 64
     """Width of the transformer (four heads)."""
-    layers: int = 3
-    """Its blocks: with two the policy learns as well, but nothing is left that could compare its own steps."""
+    layers: int = 2
+    """Its blocks."""
     demonstrations: int = 12_000
     """Problems with an answer each that the policy learns from."""
-    policy_steps: int = 500
+    policy_steps: int = 550
     """Updates of the policy, 64 demonstrations each."""
     train_prompts: int = 800
     """Prompts whose samples train the readers."""
@@ -113,13 +113,13 @@ class ArithmeticStudy(Config):
     """Which reader the tables are about."""
     readers: tuple[ReaderName, ...] = ("suffix", "slot", "probe")
     """Readers that are compared."""
-    reader_steps: int = 2_000
-    """Updates of a reader, 16 prompts with 4 samples each."""
-    learning_rate: float = 2e-3
+    reader_steps: int = 300
+    """Updates of a reader, 24 prompts with 4 samples each."""
+    learning_rate: float = 1e-3
     """Adam's step of suffix, slot and verifier."""
-    kl_weight: float = 1.0
+    kl_weight: float = 0.3
     """How firmly the policy is kept while a suffix or slot reader is trained into it."""
-    checkpoints: tuple[int, ...] = (5, 10)
+    checkpoints: tuple[int, ...] = (6, 12)
     """Tokens after which samples are looked at: about 25% and 50% of the median length."""
     pruned: tuple[float, ...] = (0.5, 0.75)
     """Shares of 16 parallel samples that are given up."""
@@ -211,9 +211,18 @@ class Pools:
             seed=self.seed,
         )
         return build_pool(
-            None, self.prompts, self.trained.model, ArithmeticScorer(self.study.language.modulus), config, evaluator=evaluator, answer=answer_of,
-            eos=EOS, decode=ArithmeticTokenizer().decode, source="arithmetic", quiet=True,
-        )  # fmt: skip
+            None,
+            self.prompts,
+            self.trained.model,
+            ArithmeticScorer(self.study.language.modulus),
+            config,
+            evaluator=evaluator,
+            answer=answer_of,
+            eos=EOS,
+            decode=ArithmeticTokenizer().decode,
+            source="arithmetic",
+            quiet=True,
+        )
 
     def live(self, count: int) -> ModelBackend:
         """Return a backend that decodes the first so many prompts."""
@@ -237,8 +246,8 @@ def train_reader(
     """Return a reader with a policy of its own, trained by the library's workflow."""
     training = SelfEvalTraining(
         SelfEvalConfig(reader=READERS[name], learning_rate=study.learning_rate, kl_weight=study.kl_weight),
-        batch_prompts=16,
-        prefixes=2 if name == "suffix" else 8,  # each is another row to read for a suffix, and free for the others
+        batch_prompts=24,
+        prefixes=2 if name == "suffix" else 12,  # each is another row to read for a suffix, and free for the others
         steps=study.reader_steps * (4 if name == "probe" else 1),  # a probe's update is a hundredth of the others'
         evaluation_prompts=0,
         checkpoints=study.checkpoints,
@@ -257,7 +266,7 @@ def with_verifier(
     """
     model = copy.deepcopy(policy)
     evaluator = build_evaluator(READERS["suffix"], model, torch_generator(seed, "verifier"))
-    source = PrefixSource(PoolTokens(train), SelfEvalTraining().labels, 16, 4, 0, False, seed)
+    source = PrefixSource(PoolTokens(train), SelfEvalTraining().labels, 24, 4, 0, False, seed)
     source.better = [1 - rewards for rewards in source.tokens.rewards]  # better than it is only what is right
     config = SelfEvalConfig(reader=READERS["suffix"], learning_rate=study.learning_rate, kl_weight=0.0)
     _fit(SelfEvaluation(config, model, evaluator), source.batch, study.reader_steps, seed)

@@ -24,9 +24,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from steelyard import runtime
-from steelyard.config import Config, config_hash, flatten, plain, require_positive, to_json
-from steelyard.errors import ConfigError, DataError, MissingExtraError, require
+from steelyard.config import Config, config_hash, require_positive
+from steelyard.errors import ConfigError, require
 from steelyard.recipes import (
     adaptive_actions,
     adaptive_arithmetic,
@@ -39,12 +38,12 @@ from steelyard.recipes.adaptive_arithmetic_runs import ArithmeticStudy
 from steelyard.recipes.adaptive_cost import CostStudy
 from steelyard.recipes.adaptive_pools import PoolsStudy
 from steelyard.recipes.adaptive_smollm2 import SmolLMStudy
-from steelyard.recipes.preference_findings import Finding, claims_table, tally
-from steelyard.report.page import Page, Section, write_page
-from steelyard.report.tables import Table
+from steelyard.recipes.parts import write_parts
+from steelyard.recipes.preference_findings import Finding
+from steelyard.report.page import Section
 
 Part = Literal["tier1", "tier2", "pools", "actions", "cost"]
-MODULES: dict[Part, Any] = {
+MODULES: dict[str, Any] = {
     "tier1": adaptive_arithmetic,
     "tier2": adaptive_smollm2,
     "pools": adaptive_pools,
@@ -91,56 +90,32 @@ def run(config: AdaptiveStudy, size: str) -> Path:
     require("matplotlib", "report")  # the page comes last; nobody should wait for it in vain
     unplaced = replace(config, out=None, workers=1, parts=("tier1",))
     out = Path(config.out or f"runs/adaptive_compute-{size}-{config_hash(unplaced)[:8]}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(to_json(config), encoding="utf-8")
-    sections: list[Section] = []
-    claims: list[Finding] = []
-    for part in config.parts:
-        try:
-            more, says = MODULES[part].run(_study(part, config), out / part, config.workers, console)
-        except (MissingExtraError, DataError) as error:
-            console.print(f"{part}: left out: {error}", markup=False, highlight=False)
-            more, says = [Section(f"Left out: {part}").text(str(error))], []
-        sections += more
-        claims += says
-    page = Page("Adaptive inference-time compute: would starting over do better?", _lead(claims, config))
-    if claims:
-        section = page.section("The claims")
-        section.notes([f"Does not hold here: {one.claim}" for one in claims if one.verdict == "does not hold"])
-        section.table(claims_table(claims))
-    page.sections += sections
-    page.sections.append(_provenance(config, size))
-    path = write_page(page, out)
-    for one in claims:
-        console.print(f"{one.verdict}: {one.claim}: {one.measured}", markup=False, highlight=False)
-    console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
-    return path
+    return write_parts(
+        "Adaptive inference-time compute: would starting over do better?",
+        f"steelyard run adaptive_compute --size {size}",
+        "Beside this page, one folder for each part with its rows. Thresholds are chosen on validation prompts, never "
+        "on those of the tables; nothing was left out of a mean.",
+        config,
+        config.parts,
+        lambda part: _part(part, config, out / part, console),
+        out,
+        console,
+    )
 
 
-def _study(part: Part, config: AdaptiveStudy) -> Any:
+def _part(part: str, config: AdaptiveStudy, out: Path, console: Console) -> tuple[list[Section], list[Finding]]:
+    if part == "pools" and config.data is None:
+        said = "real samples cannot be generated; give the folder that holds them: --data DIR"
+        console.print(f"pools: left out: {said}", markup=False, highlight=False)
+        return [Section("Left out: pools").text(said)], []
+    found: tuple[list[Section], list[Finding]] = MODULES[part].run(_study(part, config), out, config.workers, console)
+    return found
+
+
+def _study(part: str, config: AdaptiveStudy) -> Any:
     """Return the settings of a part; those that read data are told where they are."""
     study = getattr(config, part)
     return replace(study, data=config.data) if "data" in {one.name for one in fields(study)} else study
-
-
-def _lead(found: list[Finding], config: AdaptiveStudy) -> str:
-    parts = f"Parts on this page: {', '.join(config.parts)}."
-    return f"Of {len(found)} claims, {tally(found)}. {parts}" if found else parts
-
-
-def _provenance(config: AdaptiveStudy, size: str) -> Section:
-    """Return where the numbers come from: files, settings and machine."""
-    section = Section("Where the numbers come from")
-    section.text(
-        f"steelyard run adaptive_compute --size {size}. Beside this page, one folder for each part with its rows. "
-        "Thresholds are chosen on validation prompts, never on those of the tables; nothing was left out of a mean."
-    )
-    settings = tuple((key, str(value)) for key, value in flatten(plain(config)).items())
-    machine = tuple((key, str(value)) for key, value in flatten(runtime.describe()).items())
-    return section.table(
-        Table("Settings", "The whole config of this call.", ("key", "value"), settings),
-        Table("Environment", "Where the page was written.", ("key", "value"), machine),
-    )
 
 
 PRESETS = {

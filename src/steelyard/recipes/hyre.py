@@ -25,17 +25,16 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from steelyard import runtime
-from steelyard.config import Config, config_hash, flatten, plain, require_positive, to_json
-from steelyard.errors import ConfigError, MissingExtraError, require
+from steelyard.config import Config, config_hash, require_positive
+from steelyard.errors import ConfigError, require
 from steelyard.recipes import hyre_cost, hyre_personas, hyre_rewards, hyre_tables
 from steelyard.recipes.hyre_cost import CostStudy
 from steelyard.recipes.hyre_personas import PersonaStudy
 from steelyard.recipes.hyre_rewards_heads import RewardStudy
 from steelyard.recipes.hyre_tables_runs import TableStudy
-from steelyard.recipes.preference_findings import Finding, claims_table, tally
-from steelyard.report.page import Page, Section, write_page
-from steelyard.report.tables import Table
+from steelyard.recipes.parts import write_parts
+from steelyard.recipes.preference_findings import Finding
+from steelyard.report.page import Section
 
 Part = Literal["personas", "tables", "rewards", "cost", "maze"]
 
@@ -75,34 +74,19 @@ def run(config: HyReStudy, size: str) -> Path:
     require("matplotlib", "report")  # the page comes last; nobody should wait for it in vain
     unplaced = replace(config, out=None, workers=1, parts=("personas",))
     out = Path(config.out or f"runs/hyre-{size}-{config_hash(unplaced)[:8]}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(to_json(config), encoding="utf-8")
-    sections: list[Section] = []
-    found: list[tuple[str, Finding]] = []
-    for part in config.parts:
-        try:
-            more, says = _part(part, config, out / part, size, console)
-        except MissingExtraError as error:
-            console.print(f"{part}: left out: {error}", markup=False, highlight=False)
-            more, says = [Section(f"Left out: {part}").text(str(error))], []
-        sections += more
-        found += [(part, one) for one in says]
-    claims = [one for _, one in found]
-    page = Page("HyRe: test-time alignment by re-weighting hypotheses", _lead(claims, config))
-    if claims:
-        section = page.section("The claims")
-        section.notes([f"Does not hold here: {one.claim}" for one in claims if one.verdict == "does not hold"])
-        section.table(claims_table(claims))
-    page.sections += sections
-    page.sections.append(_provenance(config, size))
-    path = write_page(page, out)
-    for one in claims:
-        console.print(f"{one.verdict}: {one.claim}: {one.measured}", markup=False, highlight=False)
-    console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
-    return path
+    return write_parts(
+        "HyRe: test-time alignment by re-weighting hypotheses",
+        f"steelyard run hyre --size {size}",
+        "Beside this page, one folder for each part with its rows as CSV. Nothing was left out of a mean.",
+        config,
+        config.parts,
+        lambda part: _part(part, config, out / part, size, console),
+        out,
+        console,
+    )
 
 
-def _part(part: Part, config: HyReStudy, out: Path, size: str, console: Console) -> tuple[list[Section], list[Finding]]:
+def _part(part: str, config: HyReStudy, out: Path, size: str, console: Console) -> tuple[list[Section], list[Finding]]:
     match part:
         case "personas":
             study = hyre_personas.with_data(config.personas, config.data)
@@ -113,31 +97,11 @@ def _part(part: Part, config: HyReStudy, out: Path, size: str, console: Console)
             return hyre_rewards.run(replace(config.rewards, data=config.data), out, config.workers, console)
         case "cost":
             return hyre_cost.run(config.cost, out, config.workers, console)
-        case "maze":
+        case _:  # maze
             require("gymnasium_robotics", "sim")
             maze: Any = importlib.import_module("steelyard.recipes.hyre_maze")  # needs the extra sim
             result: tuple[list[Section], list[Finding]] = maze.run(maze.PRESETS[size], out, config.workers, console)
             return result
-
-
-def _lead(found: list[Finding], config: HyReStudy) -> str:
-    parts = f"Parts on this page: {', '.join(config.parts)}."
-    return f"Of {len(found)} claims, {tally(found)}. {parts}" if found else parts
-
-
-def _provenance(config: HyReStudy, size: str) -> Section:
-    """Return where the numbers come from: files, settings and machine."""
-    section = Section("Where the numbers come from")
-    section.text(
-        f"steelyard run hyre --size {size}. Beside this page, one folder for each part with its rows as CSV. Nothing "
-        "was left out of a mean."
-    )
-    settings = tuple((key, str(value)) for key, value in flatten(plain(config)).items())
-    machine = tuple((key, str(value)) for key, value in flatten(runtime.describe()).items())
-    return section.table(
-        Table("Settings", "The whole config of this call.", ("key", "value"), settings),
-        Table("Environment", "Where the page was written.", ("key", "value"), machine),
-    )
 
 
 PRESETS = {
