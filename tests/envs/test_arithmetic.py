@@ -139,7 +139,7 @@ def test_padding_goes_to_the_side_asked_for() -> None:
 
 
 def test_bad_settings_and_texts_are_told() -> None:
-    with pytest.raises(ConfigError, match="hard_steps <= min_steps <= max_steps, found 2, 1, 7"):
+    with pytest.raises(ConfigError, match="hard_steps <= min_steps <= max_steps, found 2, 1, 6"):
         ArithmeticConfig(min_steps=1)
     with pytest.raises(ConfigError, match="slip must be between 0 and 1, found 2"):
         ArithmeticConfig(slip=2.0)

@@ -16,13 +16,21 @@ from steelyard.data.sample_pool import PromptSamples, SamplePool
 from steelyard.errors import ConfigError
 from steelyard.recipes import adaptive_smollm2
 from steelyard.recipes.adaptive_replays import MIXES, VERIFIER, mix_rows
-from steelyard.recipes.adaptive_smollm2 import PRESETS, SmolLMStudy, all_problems, level_rows, stated, with_verifier
+from steelyard.recipes.adaptive_smollm2 import (
+    PRESETS,
+    SmolLMStudy,
+    all_problems,
+    completed,
+    level_rows,
+    stated,
+    with_verifier,
+)
 
 TINY = SmolLMStudy(
     model="tiny", sft_problems=(16, 8), sft_learning_rates=(1e-3, 1e-4), train_prompts=16,
     held_out_prompts=8, validation_prompts=10, test_prompts=10,
     samples=4, max_new_tokens=8, reader_steps=2, suffix_steps=2, checkpoints=(2, 4),
-    thresholds=(0.3, 0.6, 0.9), orders=2,
+    readers=("suffix", "slot", "probe"), annealed=3, thresholds=(0.3, 0.6, 0.9), orders=2, most_samples=(1.5,),
 )  # fmt: skip
 
 
@@ -72,6 +80,24 @@ def test_the_verifier_learns_from_training_samples_only(encoder: None) -> None:
     (found,) = with_verifier(pool(1.0), pool(1.0), [pool(0.0)])
     assert (found.array(VERIFIER)[:, 0] > 0.5).all()  # as in training, although it is wrong here
     assert (found.array(VERIFIER)[:, 1] < 0.5).all()
+
+
+def test_samples_at_temperature_1_stand_for_the_last_annealed_ones() -> None:
+    def item(n: int, reward: float) -> PromptSamples:
+        own = np.full(n, reward)
+        texts = tuple(f"{reward}{k}" for k in range(n))
+        return PromptSamples(
+            "p", own, np.arange(n) + 1, texts, temperatures=np.ones(n), scores=own, checkpoint_scores=own[:, None]
+        )
+
+    (found,) = completed(SamplePool((item(2, 0.0),), (3,)), SamplePool((item(4, 1.0),), (3,)))
+    assert found.rewards.tolist() == [0, 0, 1, 1]
+    assert found.texts == ("0.00", "0.01", "1.02", "1.03")
+    assert found.lengths.tolist() == [1, 2, 3, 4]
+    assert found.temperatures is not None
+    assert found.temperatures.tolist() == [0, 0.5, 0.75, 0.875]
+    assert found.checkpoint_scores is not None
+    assert found.checkpoint_scores.shape == (4, 1)
 
 
 def test_levels_are_measured() -> None:

@@ -56,7 +56,7 @@ class ArithmeticConfig(Config):
     """Numbers are 0 to modulus - 1: tables of modulus^2 entries."""
     min_steps: int = 4
     """Fewest operations of a problem."""
-    max_steps: int = 7
+    max_steps: int = 6
     """Most operations of a problem."""
     hard_steps: int = 2
     """Most multiplications of a medium problem."""

@@ -27,9 +27,9 @@ DIFFERS = "a transformer of 0.1 million parameters on generated arithmetic with 
 
 PRESETS: dict[str, ArithmeticStudy] = {
     "tiny": ArithmeticStudy(
-        train_prompts=500, validation_prompts=150, test_prompts=300, readers=("slot", "probe"), reader_steps=200
+        train_prompts=500, validation_prompts=150, test_prompts=300, readers=("slot", "probe"), reader_steps=120
     ),
-    "small": ArithmeticStudy(seeds=(0, 1)),
+    "small": ArithmeticStudy(),
     "paper": ArithmeticStudy(
         seeds=tuple(range(5)),
         demonstrations=40_000,

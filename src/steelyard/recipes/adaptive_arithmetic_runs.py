@@ -99,7 +99,7 @@ class ArithmeticStudy(Config):
     """Its blocks."""
     demonstrations: int = 12_000
     """Problems with an answer each that the policy learns from."""
-    policy_steps: int = 550
+    policy_steps: int = 800
     """Updates of the policy, 64 demonstrations each."""
     train_prompts: int = 800
     """Prompts whose samples train the readers."""
@@ -113,8 +113,8 @@ class ArithmeticStudy(Config):
     """Which reader the tables are about."""
     readers: tuple[ReaderName, ...] = ("suffix", "slot", "probe")
     """Readers that are compared."""
-    reader_steps: int = 300
-    """Updates of a reader, 24 prompts with 4 samples each."""
+    reader_steps: int = 200
+    """Updates of a reader, 24 prompts with 8 samples each."""
     learning_rate: float = 1e-3
     """Adam's step of suffix, slot and verifier."""
     kl_weight: float = 0.3
@@ -123,7 +123,24 @@ class ArithmeticStudy(Config):
     """Tokens after which samples are looked at: about 25% and 50% of the median length."""
     pruned: tuple[float, ...] = (0.5, 0.75)
     """Shares of 16 parallel samples that are given up."""
-    thresholds: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.91, 0.93, 0.95, 0.97, 0.98, 0.99)
+    thresholds: tuple[float, ...] = (
+        0.1,
+        0.2,
+        0.3,
+        0.5,
+        0.6,
+        0.7,
+        0.75,
+        0.8,
+        0.85,
+        0.88,
+        0.91,
+        0.93,
+        0.95,
+        0.97,
+        0.98,
+        0.99,
+    )
     """Of the stopping rule."""
     most_samples: tuple[float, ...] = (1.2, 1.5, 2.0)
     """Average samples that a threshold may take on validation prompts."""
@@ -247,6 +264,7 @@ def train_reader(
     training = SelfEvalTraining(
         SelfEvalConfig(reader=READERS[name], learning_rate=study.learning_rate, kl_weight=study.kl_weight),
         batch_prompts=24,
+        samples_per_prompt=8,
         prefixes=2 if name == "suffix" else 12,  # each is another row to read for a suffix, and free for the others
         steps=study.reader_steps * (4 if name == "probe" else 1),  # a probe's update is a hundredth of the others'
         evaluation_prompts=0,
@@ -266,7 +284,7 @@ def with_verifier(
     """
     model = copy.deepcopy(policy)
     evaluator = build_evaluator(READERS["suffix"], model, torch_generator(seed, "verifier"))
-    source = PrefixSource(PoolTokens(train), SelfEvalTraining().labels, 24, 4, 0, False, seed)
+    source = PrefixSource(PoolTokens(train), SelfEvalTraining().labels, 24, 8, 0, False, seed)
     source.better = [1 - rewards for rewards in source.tokens.rewards]  # better than it is only what is right
     config = SelfEvalConfig(reader=READERS["suffix"], learning_rate=study.learning_rate, kl_weight=0.0)
     _fit(SelfEvaluation(config, model, evaluator), source.batch, study.reader_steps, seed)

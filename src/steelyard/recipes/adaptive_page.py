@@ -39,7 +39,8 @@ class Mix:
 
     Attributes:
         name: of the mix.
-        found: {(group, name, threshold or samples allowed): outcome}; thresholds of "curve", samples of "chosen".
+        found: {(group, name, threshold or samples allowed): outcome}; thresholds of "curve", samples of "chosen"
+            and "matched".
         thresholds: {(name, samples allowed): those chosen, one a seed}.
         auc: within prompts, mean over seeds.
     """
@@ -58,7 +59,7 @@ class Mix:
             if row["kind"] != "outcome" or row["mix"] != name:
                 continue
             numbers = (np.array(row[key], np.float64) for key in ("rewards", "samples", "decoded", "evaluated"))
-            key = row["group"], row["name"], row["most"] if row["group"] == "chosen" else row["threshold"]
+            key = row["group"], row["name"], row["most"] if row["group"] in ("chosen", "matched") else row["threshold"]
             grouped.setdefault(key, []).append(Outcome(row["name"], *numbers))
             if row["group"] == "chosen":
                 thresholds.setdefault((row["name"], row["most"]), []).append(row["threshold"])
@@ -148,11 +149,11 @@ def findings(rows: Sequence[Row], label: str, differs: str) -> list[Finding]:
                 differs,
             )
         )
-        aware, absolute = mix["chosen", ADAPTIVE, MOST], mix["chosen", ABSOLUTE, MOST]
+        aware, absolute = mix["matched", ADAPTIVE, MOST], mix["chosen", ABSOLUTE, MOST]
         found.append(
             _compared(
                 f"{label}, {name} prompts: knowing when no sample will be better beats stopping at an absolute "
-                f"correctness (both T = 1, at most {MOST:g} samples)",
+                "correctness (both T = 1, thresholds for equal samples)",
                 mix.fraction(aware, absolute),
                 f"at {average(aware.samples).text()} and {average(absolute.samples).text()} samples",
                 differs,
@@ -358,7 +359,7 @@ def _curves(mix: Mix, title: str) -> list[Any]:
                 Frame(
                     f"{title}/{mix.name}/{axis}",
                     f"Fraction of the gain of best-of-{mix.largest} against {label}; every threshold; bands are 95% "
-                    "bootstrap intervals over prompts. Left of a line, greedy decoding is the honest rival.",
+                    "bootstrap intervals over prompts. Greedy decoding is the rival at one sample.",
                     label,
                     "fraction of gain",
                     log_x=True,

@@ -212,6 +212,14 @@ def rows_of_outcomes(study: ReplayStudy, validation: Replays, test: Replays, see
             for most in study.most_samples:
                 chosen = choose_threshold(seen, most)
                 rows.append(row("chosen", by_threshold[chosen], chosen, most))
+        # the rival that stops at an absolute correctness, and ours with as many samples as it takes
+        for most in study.most_samples:
+            absolute = {threshold: held_out.take(there) for threshold, held_out, _ in curves[ABSOLUTE]}
+            allowed = absolute[choose_threshold(list(absolute.items()), most)].samples.mean()
+            seen = [(threshold, held_out.take(there)) for threshold, held_out, _ in curves[ADAPTIVE]]
+            chosen = choose_threshold(seen, float(allowed))
+            by_threshold = {threshold: found for threshold, _, found in curves[ADAPTIVE]}
+            rows.append(row("matched", by_threshold[chosen], chosen, most))
     return rows
 
 

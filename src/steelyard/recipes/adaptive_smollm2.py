@@ -32,7 +32,7 @@ from steelyard.bench.rows import write_rows
 from steelyard.bench.stats import number
 from steelyard.config import Config, require_positive
 from steelyard.data.feature_cache import cached_features
-from steelyard.data.sample_pool import SamplePool
+from steelyard.data.sample_pool import PER_SAMPLE, SamplePool
 from steelyard.envs.reasoning import LEVELS, Problem, ReasoningScorer, Stratum, answer_of, problems
 from steelyard.envs.samplers import SamplingConfig
 from steelyard.errors import ConfigError, require
@@ -90,33 +90,36 @@ class SmolLMStudy(Config):
     """Problems with worked solutions that it learns from, once each, phase by phase; adapters are merged after each."""
     sft_learning_rates: tuple[float, ...] = (1e-3, 1e-4)
     """Adam's step of the adapters in each phase."""
-    train_prompts: int = 200
+    train_prompts: int = 120
     """Prompts whose annealed samples train the readers."""
     held_out_prompts: int = 48
     """Prompts whose samples calibrate the readers."""
-    validation_prompts: int = 60
+    validation_prompts: int = 40
     """Prompts of each mix that choose thresholds."""
-    test_prompts: int = 200
+    test_prompts: int = 100
     """Prompts of each mix in the tables; mixes share prompts."""
     samples: int = 16
     """N: samples of every prompt."""
+    annealed: int = 6
+    """Samples of the annealed schedule that are drawn; its later temperatures are above 0.98, and samples at
+    temperature 1 stand for them."""
     max_new_tokens: int = 40
     """Longest sample."""
     question: str = "\nStart over?"
     """What the suffix reader is asked; short, for it is read as often as a sample is."""
     reader: ReaderName = "slot"
     """Which reader the tables are about; the slot reader learns from every token of a sample in one pass."""
-    readers: tuple[ReaderName, ...] = ("suffix", "slot", "probe")
-    """Readers that are compared."""
-    reader_steps: int = 160
+    readers: tuple[ReaderName, ...] = ("slot",)
+    """Readers that are compared; suffix and probe double the time."""
+    reader_steps: int = 60
     """Updates of the slot reader, 8 prompts with 4 samples each."""
-    suffix_steps: int = 60
+    suffix_steps: int = 30
     """The same of the suffix reader, whose updates cost twice as much."""
-    prefixes: int = 8
+    prefixes: int = 12
     """Random parts of each sample that slot and probe learn from; the suffix reader, which pays for each, has one."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     """Adam's step of their adapters."""
-    kl_weight: float = 1.0
+    kl_weight: float = 0.3
     """How firmly the policy is kept."""
     checkpoints: tuple[int, ...] = (6, 12)
     """Tokens after which samples are looked at."""
@@ -137,7 +140,7 @@ class SmolLMStudy(Config):
         """Check ranges."""
         require_positive(
             self, "sft_problems", "sft_learning_rates", "train_prompts", "held_out_prompts", "validation_prompts",
-            "test_prompts", "samples", "max_new_tokens", "reader_steps", "suffix_steps", "learning_rate",
+            "test_prompts", "samples", "annealed", "max_new_tokens", "reader_steps", "suffix_steps", "learning_rate",
             "prefixes", "checkpoints", "thresholds", "most_samples", "orders", "rows",
         )  # fmt: skip
         if not self.sft_problems or len(self.sft_problems) != len(self.sft_learning_rates):
@@ -156,6 +159,7 @@ PRESETS: dict[str, SmolLMStudy] = {
     ),
     "small": SmolLMStudy(),
     "paper": SmolLMStudy(
+        readers=("slot", "suffix", "probe"), annealed=16,
         model="HuggingFaceTB/SmolLM2-135M-Instruct", sft_problems=(4_000, 2_000), train_prompts=2_000,
         held_out_prompts=200, validation_prompts=300, test_prompts=1_000, reader_steps=1_000, suffix_steps=1_000,
     ),
@@ -269,6 +273,8 @@ def _phase(number: int) -> str:
 
 def fine_tune(study: SmolLMStudy, out: Path, threads: int) -> None:
     """Train adapters on worked solutions by the library's workflow, phase by phase, and write the merged policy."""
+    if (out / POLICY).exists():
+        return
     name = study.model
     for phase, rate in enumerate(study.sft_learning_rates):
         target = out / (POLICY if phase + 1 == len(study.sft_learning_rates) else f"{POLICY}_{_phase(phase)}")
@@ -330,7 +336,7 @@ def draw(job: SmolLMJob) -> list[Row]:
         for one in all_problems(study)[job.split]
     ]  # fmt: skip
     config = SamplePoolConfig(
-        study.samples,
+        study.samples if job.kind == "constant" or evaluator is None else min(study.annealed, study.samples),
         TemperatureSchedule(job.kind),
         SamplingConfig(max_new_tokens=study.max_new_tokens),
         study.checkpoints if evaluator is not None else (),
@@ -406,11 +412,29 @@ def replay(job: SmolLMJob) -> list[Row]:
     constant = with_verifier(pool("train"), pool("held_out"), [pool(f"{split}_constant") for split in _TESTS])
     extra = load_self_eval(out / f"reader_{study.reader}").evaluator.extra_tokens
     test, validation = (
-        Replays(study, drawn, pool(f"{split}_annealed"), extra) for split, drawn in zip(_TESTS, constant, strict=True)
+        Replays(study, drawn, completed(pool(f"{split}_annealed"), drawn), extra)
+        for split, drawn in zip(_TESTS, constant, strict=True)
     )
     rows = rows_of_outcomes(study, validation, test, study.seed)
     rows += strata_rows(test, study.seed) + gate_rows(test, study, study.seed)
     return [*rows, *level_rows(test.constant), _cost(job, began, 0)]
+
+
+def completed(annealed: SamplePool, constant: SamplePool) -> SamplePool:
+    """Return the annealed pool with as many samples as the one at temperature 1, whose last ones stand for its own."""
+    schedule = TemperatureSchedule("annealed")
+    items = []
+    for own, other in zip(annealed, constant, strict=True):
+        first, n = len(own.rewards), len(other.rewards)
+        rest = other.take(range(first, n))
+        found: dict[str, Any] = {"rewards": np.concatenate([own.rewards, rest.rewards])}
+        for name in PER_SAMPLE:
+            one, two = getattr(own, name), getattr(rest, name)
+            if one is not None and two is not None:
+                found[name] = np.concatenate([one, two]) if isinstance(one, np.ndarray) else (*one, *two)
+        found["temperatures"] = np.array([schedule.of(sample) for sample in range(n)])
+        items.append(replace(own, **found))
+    return SamplePool(tuple(items), annealed.checkpoints, annealed.source)
 
 
 def with_verifier(train: SamplePool, held_out: SamplePool, pools: Sequence[SamplePool]) -> list[SamplePool]:
@@ -468,7 +492,8 @@ def own_section(config: SmolLMStudy, rows: Sequence[Row]) -> Section:
         f"{config.model} learned from {sum(config.sft_problems)} worked solutions of reasoning-gym problems once. The "
         "external verifier of the tables is a small text encoder with a logistic regression on correctness; it is weak "
         "at arithmetic. The suffix reader is asked "
-        f"{config.question.strip()!r} in plain text, not the paper's sentence."
+        f"{config.question.strip()!r} in plain text, not the paper's sentence. Of the annealed schedule "
+        f"{min(config.annealed, config.samples)} samples are drawn; those at temperature 1 stand for the later ones."
     )
     own.table(
         Table(

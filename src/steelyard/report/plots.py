@@ -256,7 +256,11 @@ def lines(series: Sequence[Series], frame: Frame) -> Picture:
         axis.set_xscale("log")
         if len(ticks) <= 10:
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axis.minorticks_off()
+        else:
+            ticker = require("matplotlib.ticker", "report")
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.minorticks_off()
     if frame.ylim is not None:
         axis.set_ylim(*frame.ylim)
     return _finished(figure, series, frame)
