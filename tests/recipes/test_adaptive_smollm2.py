@@ -77,7 +77,7 @@ def test_the_verifier_learns_from_training_samples_only(encoder: None) -> None:
         )
         return SamplePool(items)
 
-    (found,) = with_verifier(pool(1.0), pool(1.0), [pool(0.0)])
+    (found,) = with_verifier(_Encoder(), pool(1.0), pool(1.0), [pool(0.0)])
     assert (found.array(VERIFIER)[:, 0] > 0.5).all()  # as in training, although it is wrong here
     assert (found.array(VERIFIER)[:, 1] < 0.5).all()
 
@@ -132,8 +132,8 @@ def test_every_stage_runs_and_a_stopped_study_goes_on(
         assert np.isfinite(pool.array("scores")).all()  # read while they were drawn
         assert pool.checkpoints == TINY.checkpoints
     assert SamplePool.load(out / "pool_test_annealed").items[0].temperatures[0] == 0
-    assert {"level", "reader", "outcome", "cost"} <= {
-        line.split(",")[0] for line in (out / "rows.csv").read_text().splitlines()
+    assert {"level", "reader", "outcome"} <= {
+        line.split(",")[0] for line in (out / "replays.csv").read_text().splitlines()
     }
     with pytest.raises(ConfigError, match="other settings"):
         adaptive_smollm2.run(replace(TINY, orders=3), out, 1, quiet)

@@ -27,13 +27,19 @@ DIFFERS = "a transformer of 0.1 million parameters on generated arithmetic with 
 
 PRESETS: dict[str, ArithmeticStudy] = {
     "tiny": ArithmeticStudy(
-        train_prompts=500, validation_prompts=150, test_prompts=300, readers=("slot", "probe"), reader_steps=120
+        demonstrations=12_000,
+        policy_steps=800,
+        train_prompts=500,
+        validation_prompts=150,
+        test_prompts=300,
+        readers=("slot", "probe"),
+        reader_steps=120,
     ),
     "small": ArithmeticStudy(),
     "paper": ArithmeticStudy(
         seeds=tuple(range(5)),
         demonstrations=40_000,
-        policy_steps=1_000,
+        policy_steps=3_000,
         train_prompts=3_000,
         validation_prompts=500,
         test_prompts=2_000,

@@ -97,9 +97,9 @@ class ArithmeticStudy(Config):
     """Width of the transformer (four heads)."""
     layers: int = 2
     """Its blocks."""
-    demonstrations: int = 12_000
+    demonstrations: int = 24_000
     """Problems with an answer each that the policy learns from."""
-    policy_steps: int = 800
+    policy_steps: int = 1_600
     """Updates of the policy, 64 demonstrations each."""
     train_prompts: int = 800
     """Prompts whose samples train the readers."""
@@ -113,11 +113,11 @@ class ArithmeticStudy(Config):
     """Which reader the tables are about."""
     readers: tuple[ReaderName, ...] = ("suffix", "slot", "probe")
     """Readers that are compared."""
-    reader_steps: int = 200
+    reader_steps: int = 300
     """Updates of a reader, 24 prompts with 8 samples each."""
     learning_rate: float = 1e-3
     """Adam's step of suffix, slot and verifier."""
-    kl_weight: float = 0.3
+    kl_weight: float = 3.0
     """How firmly the policy is kept while a suffix or slot reader is trained into it."""
     checkpoints: tuple[int, ...] = (6, 12)
     """Tokens after which samples are looked at: about 25% and 50% of the median length."""

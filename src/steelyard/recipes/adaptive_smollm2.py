@@ -32,6 +32,7 @@ from steelyard.bench.rows import write_rows
 from steelyard.bench.stats import number
 from steelyard.config import Config, require_positive
 from steelyard.data.feature_cache import cached_features
+from steelyard.data.restart_labels import soft_labels
 from steelyard.data.sample_pool import PER_SAMPLE, SamplePool
 from steelyard.envs.reasoning import LEVELS, Problem, ReasoningScorer, Stratum, answer_of, problems
 from steelyard.envs.samplers import SamplingConfig
@@ -76,6 +77,8 @@ TRAINING: dict[Stratum, float] = {"easy": 0.4, "medium": 0.4, "hopeless": 0.2}
 """Shares of the strata in what is trained on."""
 DEMONSTRATED: dict[Stratum, float] = {"easy": 0.5, "medium": 0.45, "hopeless": 0.05}
 """The same of the worked solutions: what nobody learns need not be shown often."""
+ENCODER = EncoderConfig(max_prompt_tokens=64, max_tokens=128)
+"""Reads texts for the external verifier and for the score by confidence."""
 POLICY = "policy"
 """Folder of the merged policy."""
 
@@ -94,9 +97,9 @@ class SmolLMStudy(Config):
     """Prompts whose annealed samples train the readers."""
     held_out_prompts: int = 48
     """Prompts whose samples calibrate the readers."""
-    validation_prompts: int = 40
+    validation_prompts: int = 30
     """Prompts of each mix that choose thresholds."""
-    test_prompts: int = 100
+    test_prompts: int = 70
     """Prompts of each mix in the tables; mixes share prompts."""
     samples: int = 16
     """N: samples of every prompt."""
@@ -111,7 +114,7 @@ class SmolLMStudy(Config):
     """Which reader the tables are about; the slot reader learns from every token of a sample in one pass."""
     readers: tuple[ReaderName, ...] = ("slot",)
     """Readers that are compared; suffix and probe double the time."""
-    reader_steps: int = 60
+    reader_steps: int = 40
     """Updates of the slot reader, 8 prompts with 4 samples each."""
     suffix_steps: int = 30
     """The same of the suffix reader, whose updates cost twice as much."""
@@ -191,7 +194,7 @@ class SmolLMJob:
 def run(config: SmolLMStudy, out: Path, workers: int, console: Console) -> tuple[list[Section], list[Finding]]:
     """Carry out the study, or go on with it, and return its part of the page and its findings.
 
-    Writes rows.csv and costs.csv into `out`, beside the run of fine-tuning, the pools and the readers.
+    Writes replays.csv and replays_by_confidence.csv into `out`, beside the runs of fine-tuning, pools and readers.
 
     Raises:
         ConfigError: the folder holds a study with other settings.
@@ -216,13 +219,20 @@ def run(config: SmolLMStudy, out: Path, workers: int, console: Console) -> tuple
         for kind in _KINDS
     ]
     rows += carry_out(tests, draw, out, "tier 2: test samples", workers)
-    rows += carry_out([replace(base, name="replays")], replay, out, "tier 2: replays")
-    plain = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
-    write_rows(out / "rows.csv", plain)
-    shared = [row for row in rows if row["kind"] not in ("level", "cost")]
-    return [*sections(shared, LABEL), own_section(config, rows)], findings(shared, LABEL, DIFFERS)
+    costs = [row for row in rows if row["kind"] == "cost"]
+    rows = [row for row in rows if row["kind"] != "cost"]
+    found, claims = [], []
+    for name, label in ((REPLAYS, LABEL), (BY_CONFIDENCE, f"{LABEL}, by confidence")):
+        rows += carry_out([replace(base, name=name)], replay, out, f"tier 2: {name}")
+        found += sections([row for row in rows if row["kind"] != "level"], label)
+        claims += findings(rows, label, DIFFERS)
+        plain = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
+        write_rows(out / f"{name.replace(' ', '_')}.csv", plain)
+        levels, rows = [row for row in rows if row["kind"] == "level"], []
+    return [*found, own_section(config, levels, costs)], claims
 
 
+REPLAYS, BY_CONFIDENCE = "replays", "replays by confidence"
 LABEL = "tier 2, SmolLM2-135M"
 DIFFERS = "135 million parameters, 4-bit weights made float32, three kinds of short problems, light fine-tuning"
 _TESTS: tuple[Split, ...] = ("test", "validation")
@@ -403,21 +413,27 @@ def _cost(job: SmolLMJob, began: float, tokens: int) -> Row:
 
 
 def replay(job: SmolLMJob) -> list[Row]:
-    """Replay every rule on the pools that the self-evaluating model drew."""
-    study, out, began = job.study, Path(job.out), time.process_time()
+    """Replay every rule on the pools that the self-evaluating model drew.
+
+    By confidence: with other scores at the end of samples, those of `with_confidence`; those on the way stay.
+    """
+    study, out = job.study, Path(job.out)
 
     def pool(name: str) -> SamplePool:
         return SamplePool.load(out / f"pool_{name}")
 
-    constant = with_verifier(pool("train"), pool("held_out"), [pool(f"{split}_constant") for split in _TESTS])
+    train, held_out, encoder = pool("train"), pool("held_out"), load_encoder(ENCODER)
+    constant = with_verifier(encoder, train, held_out, [pool(f"{split}_constant") for split in _TESTS])
+    annealed = [completed(pool(f"{split}_annealed"), drawn) for split, drawn in zip(_TESTS, constant, strict=True)]
+    if job.name == BY_CONFIDENCE:
+        constant = with_confidence(encoder, train, held_out, constant)
+        annealed = with_confidence(encoder, train, held_out, annealed)
     extra = load_self_eval(out / f"reader_{study.reader}").evaluator.extra_tokens
-    test, validation = (
-        Replays(study, drawn, completed(pool(f"{split}_annealed"), drawn), extra)
-        for split, drawn in zip(_TESTS, constant, strict=True)
-    )
+    test, validation = (Replays(study, one, other, extra) for one, other in zip(constant, annealed, strict=True))
     rows = rows_of_outcomes(study, validation, test, study.seed)
-    rows += strata_rows(test, study.seed) + gate_rows(test, study, study.seed)
-    return [*rows, *level_rows(test.constant), _cost(job, began, 0)]
+    return [
+        *rows, *strata_rows(test, study.seed), *gate_rows(test, study, study.seed), *level_rows(test.constant)
+    ]  # fmt: skip
 
 
 def completed(annealed: SamplePool, constant: SamplePool) -> SamplePool:
@@ -437,28 +453,55 @@ def completed(annealed: SamplePool, constant: SamplePool) -> SamplePool:
     return SamplePool(tuple(items), annealed.checkpoints, annealed.source)
 
 
-def with_verifier(train: SamplePool, held_out: SamplePool, pools: Sequence[SamplePool]) -> list[SamplePool]:
+def vectors(encoder: Any, pool: SamplePool) -> Floats:
+    """Return what an encoder says of every sample, and its length: [P, N, F]."""
+    found = cached_features(cache_folder() / "features", encoder.key, texts_of(pool), encoder.encode)
+    shaped = found.astype(np.float64).reshape(*pool.rewards().shape, -1)
+    return np.concatenate([shaped, log_lengths(pool)], 2)
+
+
+def with_verifier(
+    encoder: Any, train: SamplePool, held_out: SamplePool, pools: Sequence[SamplePool]
+) -> list[SamplePool]:
     """Return pools with a column of P(right), by a small encoder that reads the text and has seen the training samples.
 
     The external verifier of the table, and with it the rule that stops at an absolute correctness.
     """
-    encoder = load_encoder(EncoderConfig(max_prompt_tokens=64, max_tokens=128))
-
-    def seen(pool: SamplePool) -> Floats:
-        vectors = cached_features(cache_folder() / "features", encoder.key, texts_of(pool), encoder.encode)
-        shaped = vectors.astype(np.float64).reshape(*pool.rewards().shape, -1)
-        return np.concatenate([shaped, log_lengths(pool)], 2)
-
-    verifier = fit_evaluator((seen(train), train.rewards()), (seen(held_out), held_out.rewards()))
+    seen, held = ((vectors(encoder, pool), pool.rewards()) for pool in (train, held_out))
+    verifier = fit_evaluator(seen, held)
     found = []
     for pool in pools:
-        right = verifier.probabilities(seen(pool))
+        right = verifier.probabilities(vectors(encoder, pool))
         items = tuple(
             replace(item, columns=item.columns | {VERIFIER: row.tolist()})
             for item, row in zip(pool, right, strict=True)
         )
         found.append(replace(pool, items=items))
     return found
+
+
+def with_confidence(
+    encoder: Any, train: SamplePool, held_out: SamplePool, pools: Sequence[SamplePool]
+) -> list[SamplePool]:
+    """Return pools whose scores at the end come from the policy's own log-probabilities.
+
+    P(no fresh sample would be better) by a logistic regression on the sample's total and mean log-probability and its
+    self-certainty, which the decode loop knows anyway, and on the encoder's vector, which knows how hard a prompt is.
+    """
+
+    def seen(pool: SamplePool) -> Floats:
+        total = pool.array("logps")
+        own = np.stack([total, total / np.maximum(pool.array("lengths"), 1), pool.array("certainty")], 2)
+        return np.concatenate([vectors(encoder, pool), own], 2)
+
+    told, held = ((seen(pool), 1 - soft_labels(pool.rewards())) for pool in (train, held_out))
+    reader = fit_evaluator(told, held)
+    return [
+        pool.with_scores(
+            list(reader.probabilities(seen(pool))), list(pool.array("checkpoint_scores")), pool.checkpoints
+        )
+        for pool in pools
+    ]
 
 
 def level_rows(pool: SamplePool) -> list[Row]:
@@ -474,26 +517,26 @@ def level_rows(pool: SamplePool) -> list[Row]:
     ]  # fmt: skip
 
 
-def own_section(config: SmolLMStudy, rows: Sequence[Row]) -> Section:
+def own_section(config: SmolLMStudy, levels: Sequence[Row], costs: Sequence[Row]) -> Section:
     """Return what tier 1 has no table for: the levels of the problems, and what each stage cost."""
-    levels = tuple(
+    found = tuple(
         (row["level"], row["stratum"], str(row["prompts"]), number(row["one"]), number(row["any"]),
          number(row["tokens"], 1))
-        for row in rows
-        if row["kind"] == "level"
+        for row in levels
     )  # fmt: skip
-    costs = tuple(
+    spent = tuple(
         (row["step"], number(row["cpu_seconds"] / 60, 1), str(row["tokens"] or "-"),
          number(row["tokens"] / row["cpu_seconds"], 0) if row["tokens"] else "-")
-        for row in rows
-        if row["kind"] == "cost"
+        for row in costs
     )  # fmt: skip
     own = Section(f"{LABEL}: problems and cost").text(
         f"{config.model} learned from {sum(config.sft_problems)} worked solutions of reasoning-gym problems once. The "
         "external verifier of the tables is a small text encoder with a logistic regression on correctness; it is weak "
         "at arithmetic. The suffix reader is asked "
         f"{config.question.strip()!r} in plain text, not the paper's sentence. Of the annealed schedule "
-        f"{min(config.annealed, config.samples)} samples are drawn; those at temperature 1 stand for the later ones."
+        f"{min(config.annealed, config.samples)} samples are drawn; those at temperature 1 stand for the later ones. "
+        "By confidence: the scores at the end of samples come from the policy's own log-probabilities and the text "
+        "encoder by a logistic regression; scores on the way, and so pruning, are the trained reader's."
     )
     own.table(
         Table(
@@ -501,9 +544,9 @@ def own_section(config: SmolLMStudy, rows: Sequence[Row]) -> Section:
             "Strata are what was expected before the run; pass@1 and pass@N are what came out, for the model that also "
             "evaluates itself.",
             ("level", "meant to be", "prompts", "pass@1", f"pass@{config.samples}", "tokens"),
-            levels,
+            found,
         ),
         Table("Cost", "CPU-minutes of each part after fine-tuning; tokens drawn, and drawn per CPU-second.",
-              ("part", "CPU-minutes", "tokens", "tokens a second"), costs),
+              ("part", "CPU-minutes", "tokens", "tokens a second"), spent),
     )  # fmt: skip
     return own
