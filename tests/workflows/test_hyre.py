@@ -167,19 +167,24 @@ def test_settings_of_a_group_are_chosen_on_others(trained, monkeypatch):
     assert seen[0] | seen[1] == {task.name for task in tasks}
 
 
-def test_an_interrupted_run_resumes_bit_for_bit(pairs, tmp_path, monkeypatch):
-    config = run_of(pairs, objective=replace(run_of(pairs).objective, shares="groups"), trunk=(8,))
+def start_and_interrupt(config, run, at, monkeypatch):
+    """Begin a run and press ctrl-C while it draws the batch of update `at`."""
     inner = hyre.LabelledSource.batch
 
     def pressed(source, step):
-        if step == 16:
+        if step == at:
             signal.raise_signal(signal.SIGINT)
         return inner(source, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(hyre.LabelledSource, "batch", pressed)
         with pytest.raises(Interrupted):
-            hyre.start(config, tmp_path / "run", quiet=True)
+            hyre.start(config, run, quiet=True)
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(pairs, tmp_path, monkeypatch):
+    config = run_of(pairs, objective=replace(run_of(pairs).objective, shares="groups"), trunk=(8,))
+    start_and_interrupt(config, tmp_path / "run", 16, monkeypatch)
     assert (tmp_path / "run/checkpoints/step_00000017").is_dir()
     hyre.resume(tmp_path / "run", quiet=True)
     hyre.start(config, tmp_path / "whole", quiet=True)
@@ -506,17 +511,7 @@ def test_adapters_resume_bit_for_bit(few_pairs, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     config = lm_run(few_pairs)
     config = replace(config, backbone=replace(config.backbone, adapter=LoRAConfig(rank=2, alpha=4.0)))
-    inner = hyre.LabelledSource.batch
-
-    def pressed(source, step):
-        if step == 2:
-            signal.raise_signal(signal.SIGINT)
-        return inner(source, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hyre.LabelledSource, "batch", pressed)
-        with pytest.raises(Interrupted):
-            hyre.start(config, tmp_path / "run", quiet=True)
+    start_and_interrupt(config, tmp_path / "run", 2, monkeypatch)
     hyre.resume(tmp_path / "run", quiet=True)
     hyre.start(config, tmp_path / "whole", quiet=True)
     assert differences(everything(tmp_path / "whole"), everything(tmp_path / "run")) == []

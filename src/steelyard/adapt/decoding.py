@@ -166,6 +166,9 @@ class ModelBackend:
                 entering[-1] += group
             else:
                 entering.append(group)
+        if not entering:  # as at most steps
+            assert reader is not None
+            return reader
         self._read_prompts([group[0].request.prompt for group in entering])
         for group in entering:
             prompt = self._kept[group[0].request.prompt]
@@ -177,8 +180,9 @@ class ModelBackend:
             live += group
         assert reader is not None
         # those in use are safe; of the others the oldest go first
-        while len(self._kept) > 1 and sum(kept.bytes for kept in self._kept.values()) > self.memory:
-            self._kept.popitem(last=False)
+        held = sum(kept.bytes for kept in self._kept.values())
+        while len(self._kept) > 1 and held > self.memory:
+            held -= self._kept.popitem(last=False)[1].bytes
         return reader
 
     def _read_prompts(self, numbers: Sequence[int]) -> None:
