@@ -54,7 +54,7 @@ class Asked:
     def __init__(self, tokens: Tensor) -> None:
         self.tokens, self.extra_tokens = tokens, len(tokens)
 
-    def score(self, reader: Any) -> Tensor:
+    def score(self, reader: Any, drawn: Tensor) -> Tensor:
         """Return something between 0 and 1 for every row."""
         logits: Tensor = reader.peek(self.tokens)[0]
         return logits[:, [40, 41]].softmax(1)[:, 1]

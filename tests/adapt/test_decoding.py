@@ -16,7 +16,7 @@ from steelyard.adapt.decoding import ModelBackend
 from steelyard.data.sample_pool import PromptSamples, SamplePool
 from steelyard.envs.samplers import SamplingConfig, TinySampler, row_uniforms, uniforms
 from steelyard.errors import ConfigError, DataError
-from steelyard.nets.self_eval import SuffixEvaluator
+from steelyard.nets.self_eval import ProbeConfig, ProbeEvaluator, SuffixEvaluator
 from steelyard.nets.slots import SPAN, SlotReader
 from steelyard.nets.tiny_lm import TinyLM
 from steelyard.nets.transformer import TransformerConfig
@@ -43,13 +43,19 @@ class Suffix:
     def __init__(self, tokens=(7, 1, 9, 2, 2), reserved=()) -> None:
         self.tokens, self.reserved, self.extra_tokens = torch.tensor(tokens), reserved, len(tokens)
 
-    def score(self, reader):
+    def score(self, reader, drawn):
         logits, states = reader.peek(self.tokens)
         assert states.shape == reader.states.shape
         return logits[:, [5, 6]].softmax(1)[:, 1]
 
 
 MODEL = tiny()
+
+
+def probe() -> ProbeEvaluator:
+    found = ProbeEvaluator(16, ProbeConfig(hidden=(8,)), torch.Generator().manual_seed(1))
+    found.calibrate(8.0, 0.0)
+    return found
 
 
 def backend(evaluator=None, model=MODEL, **options) -> ModelBackend:
@@ -164,8 +170,8 @@ def test_keys_tell_prompts_apart_whatever_their_numbers(plain):
     assert tokens_of(found) == {(place, k): plain[p, k] for place, p in enumerate(order) for k in range(4)}
 
 
-def test_live_scores_are_those_that_a_pool_is_given_afterwards():
-    evaluator = SuffixEvaluator((7, 1, 9), 5, 6)
+@pytest.mark.parametrize("evaluator", [SuffixEvaluator((7, 1, 9), 5, 6), probe()], ids=["suffix", "probe"])
+def test_live_scores_are_those_that_a_pool_is_given_afterwards(evaluator):
     draws = backend(evaluator).draw(requests(4), (2, 5))
     items = []
     for number, prompt in enumerate(PROMPTS):

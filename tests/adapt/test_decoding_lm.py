@@ -41,7 +41,7 @@ class Suffix:
     def __init__(self, tokens=(7, 1, 9, 2, 2, 30)) -> None:
         self.tokens, self.extra_tokens = torch.tensor(tokens), len(tokens)
 
-    def score(self, reader):
+    def score(self, reader, drawn):
         return reader.peek(self.tokens)[0][:, [5, 6]].softmax(1)[:, 1]
 
 

@@ -16,7 +16,8 @@ from steelyard.nets.transformer import TransformerConfig
 from steelyard.rng import torch_generator
 from steelyard.workflows.self_eval_evaluation import score_pool
 
-READERS = [SuffixConfig(tokens=(8, 3), yes_token=9, no_token=10), SlotConfig(yes_token=9, no_token=10), ProbeConfig()]
+READERS = [SuffixConfig(tokens=(8, 3), yes_token=9, no_token=10), SlotConfig(yes_token=9, no_token=10), ProbeConfig(),
+           ProbeConfig(confidence=False)]  # fmt: skip
 
 
 def tiny_lm() -> TinyLM:
@@ -58,9 +59,13 @@ def test_live_scores_are_those_of_whole_passes(which, config):
     reader = model.reader(padded, mask, 2, 4)
     tokens = torch.tensor(samples).view(4, 4)
     live = []
+    logps = []
     for step in range(4):
+        logps.append(reader.logits.log_softmax(1).gather(1, tokens[:, step, None])[:, 0])
         reader.read(tokens[:, step])
-        live.append(evaluator.score(reader))
+        so_far = torch.stack(logps, 1)
+        drawn = torch.stack([torch.full((4,), step + 1.0), so_far.sum(1), so_far.min(1).values], 1)
+        live.append(evaluator.score(reader, drawn))
     live = torch.stack(live, 1).double().numpy().reshape(2, 2, 4)
     np.testing.assert_allclose(whole.array("checkpoint_scores"), live[..., :3], atol=1e-5)
     ends = np.where(ended, live[..., 2], live[..., 3])  # a sample that ended is read before its EOS

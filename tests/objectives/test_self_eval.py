@@ -98,7 +98,14 @@ def test_a_reading_is_what_the_model_says_row_by_row():
                         tokens = torch.cat([tokens, torch.tensor(model.evaluator.suffix)])
                     state = model.model.transformer.features(tokens[None])[0, -1]
                     if name == "probe":
-                        expected = model.evaluator.log_odds(state[None], torch.tensor([len(tokens)]))[0]
+                        logits = (
+                            model.model.transformer.features(tokens[None])[0]
+                            @ model.model.transformer.token_embedding.T
+                        )
+                        own = logits[len(prompt) - 1 : -1].log_softmax(1).gather(1, tokens[len(prompt) :, None])[:, 0]
+                        lowest = float(own.min()) if cut else 0.0
+                        drawn = torch.tensor([[cut, float(own.sum()), lowest]])
+                        expected = model.evaluator.log_odds(state[None], torch.tensor([len(tokens)]), drawn)[0]
                     else:
                         logits = model.model.transformer.token_embedding @ state
                         expected = logits[NO] - logits[YES]

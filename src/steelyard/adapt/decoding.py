@@ -45,6 +45,7 @@ class _Row:
         self.tokens: list[int] = []
         self.score, self.checkpoint_scores = math.nan, dict[int, float]()
         self.logp = self.certainty = 0.0
+        self.before_eos = (0.0, 0.0, 0.0)  # tokens, the sum of their log-probs, the lowest of them
         self.finished, self.evaluations = False, 0
         self.pruned_at: int | None = None
 
@@ -225,6 +226,8 @@ class ModelBackend:
             row.logp += found[0][place]
             row.certainty += found[1][place]
             row.finished = drawn[place] == self.eos
+            if not row.finished:
+                row.before_eos = len(row.tokens), row.logp, min(row.before_eos[2], found[0][place])
         return drawn
 
     def _look(self, live: list[_Row], reader: SlotReader, checkpoints: Sequence[int], keep: Keep | None) -> None:
@@ -255,7 +258,8 @@ class ModelBackend:
         for part in parts:
             whole = len(part) == len(live)
             some = reader if whole else reader.fork(torch.tensor(part, device=self._device))
-            scores += self.evaluator.score(some).tolist()
+            drawn = torch.tensor([live[place].before_eos for place in part], device=self._device)
+            scores += self.evaluator.score(some, drawn).tolist()
         for place, score in zip(places, scores, strict=True):
             live[place].evaluations += 1
             if at is None:

@@ -48,6 +48,10 @@ class PrefixBatch(ExperienceBatch):
         return replace(self, counts=torch.tensor(counts, device=self.completions.device) / parts)
 
 
+PLACES = ("states", "lengths", "drawn", "targets")
+"""Fields of `StateBatch` with one entry a place."""
+
+
 @dataclass(frozen=True)
 class StateBatch(Batch):
     """Places that a probe reads, their states computed once.
@@ -55,18 +59,20 @@ class StateBatch(Batch):
     Attributes:
         states: float32 [M, W].
         lengths: int64 [M], tokens read, prompt included.
+        drawn: float32 [M, 3], tokens of the completion, the sum of their log-probs, the lowest of them.
         targets: float32 [M], P(no fresh sample would be better).
         count: float32 [1], what means are taken over, where the batch is a part of another one.
     """
 
     states: Tensor
     lengths: Tensor
+    drawn: Tensor
     targets: Tensor
     count: Tensor | None = None
 
     def part(self, number: int, parts: int) -> Self:
         """Return part `number` of `parts`: the rows number, number + parts, ..."""
-        rows = {name: getattr(self, name)[number::parts] for name in ("states", "lengths", "targets")}
+        rows = {name: getattr(self, name)[number::parts] for name in PLACES}
         return replace(self, **rows, count=torch.tensor([len(self.states) / parts]))
 
 
@@ -260,7 +266,7 @@ class StateSource:
     def batch(self, step: int) -> StateBatch:
         """Return the batch of update `step`."""
         rows = torch.from_numpy(self.sampler.indices(step))
-        return StateBatch(self.states.states[rows], self.states.lengths[rows], self.states.targets[rows])
+        return StateBatch(*(getattr(self.states, name)[rows] for name in PLACES))
 
     def counters(self) -> dict[str, Any]:
         """Return nothing: the update step says it all."""

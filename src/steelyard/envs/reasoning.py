@@ -51,10 +51,10 @@ def _sums(terms: int, digits: int) -> dict[str, int]:
 
 
 LEVELS: Mapping[str, Level] = {
-    "sum of 2, 2 digits": Level("chain_sum", _sums(2, 2), "easy"),
     "sum of 3, 1 digit": Level("chain_sum", _sums(3, 1), "easy"),
     "word of 3": Level("spell_backward", {"min_word_len": 3, "max_word_len": 3}, "easy"),
-    "sum of 3, 2 digits": Level("chain_sum", _sums(3, 2), "medium"),
+    "sum of 2, 2 digits": Level("chain_sum", _sums(2, 2), "medium"),
+    "sum of 5, 1 digit": Level("chain_sum", _sums(5, 1), "medium"),
     "word of 4": Level("spell_backward", {"min_word_len": 4, "max_word_len": 4}, "medium"),
     "product of 3 digits": Level("products", _sums(2, 3), "hopeless"),
 }

@@ -4,7 +4,8 @@ Manvi, Singh, Ermon, "Adaptive Inference-Time Compute" (arXiv 2410.02725) ask in
 (`SuffixEvaluator`).
 Their successor ZIP-RC (arXiv 2512.01457) reads reserved entries of the vocabulary in the same forward pass
 (`SlotEvaluator`).
-A small network on the hidden state leaves the policy untouched by construction (`ProbeEvaluator`).
+A small network on the hidden state leaves the policy untouched by construction (`ProbeEvaluator`); a frozen state knows
+how hard a prompt is and little of slips further back, so the network is also told how likely the tokens so far were.
 
 All return P(no fresh sample would be better) of every row as far as it has been read, in the middle of a completion or
 at its end.
@@ -27,7 +28,7 @@ from steelyard.config import Config, require_positive, require_range
 from steelyard.data.experience import ExperienceBatch
 from steelyard.data.tokenizer import ByteChat, Message, Tokenizer
 from steelyard.errors import ConfigError, DataError
-from steelyard.nets.completions import Rows, plain_rows
+from steelyard.nets.completions import Rows, head_logps, plain_rows, spread
 from steelyard.nets.mlp import MLP
 from steelyard.nets.tiny_lm import TinyLM
 
@@ -79,8 +80,14 @@ class Evaluator(Protocol):
     extra_tokens: int
     reserved: tuple[int, ...]
 
-    def score(self, reader: EvaluatingReader) -> Tensor:
-        """Return P(no fresh sample would be better) float32 [R] of every row as read so far."""
+    def score(self, reader: EvaluatingReader, drawn: Tensor) -> Tensor:
+        """Return P(no fresh sample would be better) float32 [R] of every row as read so far.
+
+        Args:
+            reader: of the rows, after their last token.
+            drawn: float32 [R, 3], how many tokens of its completion each row has, the sum of their log-probs at
+                temperature 1, and the lowest of these.
+        """
         ...
 
 
@@ -131,6 +138,9 @@ class ProbeConfig(Config):
     """Widths of its hidden layers."""
     dropout: float = 0.0
     """Share of hidden units that are left out in training."""
+    confidence: bool = True
+    """Also tell it the mean, the lowest and the total log-probability of the tokens so far: what a frozen state lacks
+    to tell samples of one prompt apart."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -190,8 +200,8 @@ class SuffixEvaluator(_Evaluator):
         self.reserved: tuple[int, ...] = tuple(reserved)
 
     @torch.no_grad()
-    def score(self, reader: EvaluatingReader) -> Tensor:
-        """Return P(no fresh sample would be better) float32 [R] of every row as read so far."""
+    def score(self, reader: EvaluatingReader, drawn: Tensor) -> Tensor:
+        """Return P(no fresh sample would be better) float32 [R] of every row as read so far; see `Evaluator`."""
         logits, _ = reader.peek(torch.tensor(self.suffix, device=reader.logits.device))
         return self.probability(logits[:, self.no] - logits[:, self.yes])
 
@@ -214,17 +224,17 @@ class SlotEvaluator(_Evaluator):
         self.reserved: tuple[int, ...] = (yes, no)
 
     @torch.no_grad()
-    def score(self, reader: EvaluatingReader) -> Tensor:
-        """Return P(no fresh sample would be better) float32 [R] of every row as read so far."""
+    def score(self, reader: EvaluatingReader, drawn: Tensor) -> Tensor:
+        """Return P(no fresh sample would be better) float32 [R] of every row as read so far; see `Evaluator`."""
         return self.probability(reader.logits[:, self.no] - reader.logits[:, self.yes])
 
 
 class ProbeEvaluator(_Evaluator):
-    """A small network on the last hidden state, normalised, and the logarithm of the number of tokens read.
+    """A small network on the last hidden state, normalised, the number of tokens read and how likely they were.
 
     Args:
         width: W of the states.
-        config: its hidden layers.
+        config: its hidden layers, and whether it is told how likely the tokens were.
         generator: of its first weights.
     """
 
@@ -233,19 +243,36 @@ class ProbeEvaluator(_Evaluator):
 
     def __init__(self, width: int, config: ProbeConfig, generator: torch.Generator) -> None:
         super().__init__()
-        self.net = MLP(width + 1, config.hidden, 1, generator, dropout=config.dropout)
+        self.confidence = config.confidence
+        inputs = width + 1 + 3 * config.confidence
+        self.net = MLP(inputs, config.hidden, 1, generator, dropout=config.dropout)
 
-    def log_odds(self, states: Tensor, lengths: Tensor, dropout: torch.Generator | None = None) -> Tensor:
-        """Return l [...] of states [..., W] after so many tokens [...], prompt included."""
-        normal = functional.layer_norm(states.float(), states.shape[-1:])
-        position = lengths.float().clamp(min=1).log()[..., None] / POSITION_SCALE
-        found: Tensor = self.net(torch.cat([normal, position], -1), dropout)[..., 0]
+    def log_odds(
+        self, states: Tensor, lengths: Tensor, drawn: Tensor, dropout: torch.Generator | None = None
+    ) -> Tensor:
+        """Return l [...].
+
+        Args:
+            states: [..., W].
+            lengths: [...], tokens read, prompt included.
+            drawn: [..., 3], tokens of the completion, the sum of their log-probs, the lowest (`drawn_so_far`).
+            dropout: of training.
+        """
+        seen = [
+            functional.layer_norm(states.float(), states.shape[-1:]),
+            lengths.float().clamp(min=1).log()[..., None] / POSITION_SCALE,
+        ]
+        if self.confidence:
+            count, total, lowest = drawn.float().unbind(-1)
+            surprise = torch.stack([total / count.clamp(min=1), lowest, total], -1)
+            seen.append(torch.log1p(-surprise.clamp(max=0)))
+        found: Tensor = self.net(torch.cat(seen, -1), dropout)[..., 0]
         return found
 
     @torch.no_grad()
-    def score(self, reader: EvaluatingReader) -> Tensor:
-        """Return P(no fresh sample would be better) float32 [R] of every row as read so far."""
-        return self.probability(self.log_odds(reader.states, reader.lengths))
+    def score(self, reader: EvaluatingReader, drawn: Tensor) -> Tensor:
+        """Return P(no fresh sample would be better) float32 [R] of every row as read so far; see `Evaluator`."""
+        return self.probability(self.log_odds(reader.states, reader.lengths, drawn))
 
 
 AnyEvaluator = SuffixEvaluator | SlotEvaluator | ProbeEvaluator
@@ -366,6 +393,13 @@ def hidden_states(model: Any, batch: ExperienceBatch) -> tuple[Tensor, Rows]:
     return model._features(rows).flatten(0, 1), rows
 
 
+@torch.no_grad()
+def own_logps(model: Any, batch: ExperienceBatch, states: Tensor, rows: Rows) -> Tensor:
+    """Return log-probs [N, T] at temperature 1 of a batch's completions, from what `hidden_states` returned for it."""
+    weight, bias = head(model)
+    return spread(head_logps(states[rows.sources], weight, rows.targets, bias), batch)
+
+
 def places(rows: Rows, scored_mask: Tensor, counts: Tensor, completions: Tensor | None = None) -> Tensor:
     """Return int64 [N, K], the flat index of the state after the first `counts` [N, K] tokens of each completion.
 
@@ -382,6 +416,20 @@ def places(rows: Rows, scored_mask: Tensor, counts: Tensor, completions: Tensor 
     if completions is not None:
         first, begins = first[completions], begins[completions]
     return torch.where(counts > 0, begins[:, None] + counts, first[:, None])
+
+
+def drawn_so_far(token_logps: Tensor, counts: Tensor) -> Tensor:
+    """Return float32 [N, K, 3]: how many tokens, the sum of their log-probs, the lowest of them; zeros for no token.
+
+    Args:
+        token_logps: [N, T] of the completions, at temperature 1.
+        counts: int64 [N, K], after how many tokens; below 0 is read as 0.
+    """
+    counts = counts.clamp(min=0)
+    none = token_logps.new_zeros(len(token_logps), 1)
+    total = torch.cat([none, token_logps.cumsum(1)], 1).gather(1, counts)
+    lowest = torch.cat([none, token_logps.cummin(1).values], 1).gather(1, counts)
+    return torch.stack([counts.float(), total.float(), lowest.float()], -1)
 
 
 def with_suffix(batch: ExperienceBatch, counts: Tensor, suffix: Sequence[int]) -> ExperienceBatch:
@@ -446,7 +494,8 @@ def read(model: Any, evaluator: AnyEvaluator, batch: ExperienceBatch, counts: Te
         predicting = rows.sources
     if isinstance(evaluator, ProbeEvaluator):
         before = batch.prompt_mask.sum(1).long()[batch.prompt_of][:, None] + counts
-        found = evaluator.log_odds(states[index], before[wanted])
+        drawn = drawn_so_far(own_logps(model, batch, states, rows), counts)
+        found = evaluator.log_odds(states[index], before[wanted], drawn[wanted])
     else:
         weight, bias = head(model)
         found = states[index].float() @ (weight[evaluator.no] - weight[evaluator.yes]).float()

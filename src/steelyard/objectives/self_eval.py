@@ -49,8 +49,10 @@ from steelyard.nets.self_eval import (
     AnyReaderConfig,
     ProbeEvaluator,
     SuffixConfig,
+    drawn_so_far,
     head,
     hidden_states,
+    own_logps,
     places,
     read,
 )
@@ -137,7 +139,7 @@ class SelfEvaluation(Learner):
         if isinstance(batch, StateBatch):
             assert isinstance(self.evaluator, ProbeEvaluator)
             dropout = generator if self.training and self.evaluator.net.dropout else None
-            found = self.evaluator.log_odds(batch.states, batch.lengths, dropout)
+            found = self.evaluator.log_odds(batch.states, batch.lengths, batch.drawn, dropout)
             count = len(batch.states) if batch.count is None else batch.count[0]
             return _cross_entropy(found, batch.targets, count)
         teacher = self._teacher(batch) if self.config.kl_weight else None
@@ -188,9 +190,11 @@ def states_of(model: Any, batch: PrefixBatch) -> StateBatch:
     wanted = batch.cuts >= 0
     before = batch.prompt_mask.sum(1).long()[batch.prompt_of][:, None] + batch.cuts
     index = places(rows, batch.scored_mask, batch.cuts)[wanted]
+    drawn = drawn_so_far(own_logps(model, batch, states, rows), batch.cuts)
     return StateBatch(
         states[index].float(),
         before[wanted],
+        drawn[wanted],
         batch.targets[wanted],
         None if batch.counts is None else batch.counts[2:],
     )

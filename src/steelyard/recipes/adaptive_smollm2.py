@@ -89,7 +89,7 @@ class SmolLMStudy(Config):
 
     model: str = "smollm2"
     """Language model that is fine-tuned, as `LanguageModelConfig.name`."""
-    sft_problems: tuple[int, ...] = (2_000, 480)
+    sft_problems: tuple[int, ...] = (3_000, 600)
     """Problems with worked solutions that it learns from, once each, phase by phase; adapters are merged after each."""
     sft_learning_rates: tuple[float, ...] = (1e-3, 1e-4)
     """Adam's step of the adapters in each phase."""
@@ -106,7 +106,7 @@ class SmolLMStudy(Config):
     annealed: int = 6
     """Samples of the annealed schedule that are drawn; its later temperatures are above 0.98, and samples at
     temperature 1 stand for them."""
-    max_new_tokens: int = 40
+    max_new_tokens: int = 48
     """Longest sample."""
     question: str = "\nStart over?"
     """What the suffix reader is asked; short, for it is read as often as a sample is."""

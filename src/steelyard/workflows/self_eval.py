@@ -28,7 +28,7 @@ from torch import nn
 from steelyard import runtime
 from steelyard.artefact import find
 from steelyard.config import Config, config_hash, from_json, plain, require_positive, require_range
-from steelyard.data.prefixes import PoolTokens, PrefixSource, StateBatch, StateSource
+from steelyard.data.prefixes import PLACES, PoolTokens, PrefixSource, StateBatch, StateSource
 from steelyard.data.restart_labels import RestartLabelConfig
 from steelyard.data.sample_pool import SamplePool
 from steelyard.data.tokenizer import Tokenizer
@@ -237,8 +237,7 @@ class Parts:
         for prompts in chunks(self.source.prompts.tolist(), self.tokens, self.config.batch_size):
             batch = self.source.of(prompts, [self.source.known[prompt] for prompt in prompts], generator)
             found.append(states_of(self.model, batch.to(self.device)).to("cpu"))
-        states = StateBatch(*(torch.cat([getattr(one, name) for one in found])
-                              for name in ("states", "lengths", "targets")))  # fmt: skip
+        states = StateBatch(*(torch.cat([getattr(one, name) for one in found]) for name in PLACES))
         return StateSource(states, self.config.probe_batch, self.config.seed)
 
     @property
