@@ -52,6 +52,7 @@ def _sums(terms: int, digits: int) -> dict[str, int]:
 
 LEVELS: Mapping[str, Level] = {
     "sum of 3, 1 digit": Level("chain_sum", _sums(3, 1), "easy"),
+    "sum of 4, 1 digit": Level("chain_sum", _sums(4, 1), "easy"),
     "word of 3": Level("spell_backward", {"min_word_len": 3, "max_word_len": 3}, "easy"),
     "sum of 2, 2 digits": Level("chain_sum", _sums(2, 2), "medium"),
     "sum of 5, 1 digit": Level("chain_sum", _sums(5, 1), "medium"),

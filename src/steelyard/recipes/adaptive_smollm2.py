@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,6 @@ from steelyard.bench.rows import write_rows
 from steelyard.bench.stats import number
 from steelyard.config import Config, require_positive
 from steelyard.data.feature_cache import cached_features
-from steelyard.data.restart_labels import soft_labels
 from steelyard.data.sample_pool import PER_SAMPLE, SamplePool
 from steelyard.envs.reasoning import LEVELS, Problem, ReasoningScorer, Stratum, answer_of, problems
 from steelyard.envs.samplers import SamplingConfig
@@ -51,6 +50,7 @@ from steelyard.recipes.adaptive_replays import (
     counts_of,
     enough_for,
     gate_rows,
+    means,
     reader_rows,
     rows_of_outcomes,
     strata_rows,
@@ -78,7 +78,7 @@ TRAINING: dict[Stratum, float] = {"easy": 0.4, "medium": 0.4, "hopeless": 0.2}
 DEMONSTRATED: dict[Stratum, float] = {"easy": 0.5, "medium": 0.45, "hopeless": 0.05}
 """The same of the worked solutions: what nobody learns need not be shown often."""
 ENCODER = EncoderConfig(max_prompt_tokens=64, max_tokens=128)
-"""Reads texts for the external verifier and for the score by confidence."""
+"""Reads texts for the external verifier."""
 POLICY = "policy"
 """Folder of the merged policy."""
 
@@ -89,17 +89,17 @@ class SmolLMStudy(Config):
 
     model: str = "smollm2"
     """Language model that is fine-tuned, as `LanguageModelConfig.name`."""
-    sft_problems: tuple[int, ...] = (3_000, 600)
+    sft_problems: tuple[int, ...] = (2_400, 480)
     """Problems with worked solutions that it learns from, once each, phase by phase; adapters are merged after each."""
     sft_learning_rates: tuple[float, ...] = (1e-3, 1e-4)
     """Adam's step of the adapters in each phase."""
-    train_prompts: int = 120
+    train_prompts: int = 300
     """Prompts whose annealed samples train the readers."""
-    held_out_prompts: int = 48
+    held_out_prompts: int = 80
     """Prompts whose samples calibrate the readers."""
-    validation_prompts: int = 30
+    validation_prompts: int = 60
     """Prompts of each mix that choose thresholds."""
-    test_prompts: int = 70
+    test_prompts: int = 200
     """Prompts of each mix in the tables; mixes share prompts."""
     samples: int = 16
     """N: samples of every prompt."""
@@ -110,19 +110,25 @@ class SmolLMStudy(Config):
     """Longest sample."""
     question: str = "\nStart over?"
     """What the suffix reader is asked; short, for it is read as often as a sample is."""
-    reader: ReaderName = "slot"
-    """Which reader the tables are about; the slot reader learns from every token of a sample in one pass."""
-    readers: tuple[ReaderName, ...] = ("slot",)
-    """Readers that are compared; suffix and probe double the time."""
-    reader_steps: int = 40
+    reader: ReaderName = "probe"
+    """Which reader the tables are about; the probe leaves the policy alone and learns in minutes."""
+    readers: tuple[ReaderName, ...] = ("probe", "slot")
+    """Readers that are compared; the suffix reader costs twice as much as the slot."""
+    reader_steps: int = 60
     """Updates of the slot reader, 8 prompts with 4 samples each."""
     suffix_steps: int = 30
     """The same of the suffix reader, whose updates cost twice as much."""
+    probe_steps: int = 1_000
+    """Updates of the probe, 256 places each."""
+    probe: ProbeConfig = field(default_factory=lambda: ProbeConfig(dropout=0.3))
+    """The probe."""
+    weight_decay: float = 0.01
+    """Of a reader's weights."""
     prefixes: int = 12
     """Random parts of each sample that slot and probe learn from; the suffix reader, which pays for each, has one."""
     learning_rate: float = 5e-4
     """Adam's step of their adapters."""
-    kl_weight: float = 0.3
+    kl_weight: float = 1.0
     """How firmly the policy is kept."""
     checkpoints: tuple[int, ...] = (6, 12)
     """Tokens after which samples are looked at."""
@@ -143,8 +149,8 @@ class SmolLMStudy(Config):
         """Check ranges."""
         require_positive(
             self, "sft_problems", "sft_learning_rates", "train_prompts", "held_out_prompts", "validation_prompts",
-            "test_prompts", "samples", "annealed", "max_new_tokens", "reader_steps", "suffix_steps", "learning_rate",
-            "prefixes", "checkpoints", "thresholds", "most_samples", "orders", "rows",
+            "test_prompts", "samples", "annealed", "max_new_tokens", "reader_steps", "suffix_steps", "probe_steps",
+            "learning_rate", "prefixes", "checkpoints", "thresholds", "most_samples", "orders", "rows",
         )  # fmt: skip
         if not self.sft_problems or len(self.sft_problems) != len(self.sft_learning_rates):
             raise ConfigError(
@@ -158,16 +164,16 @@ class SmolLMStudy(Config):
 PRESETS: dict[str, SmolLMStudy] = {
     "tiny": SmolLMStudy(
         sft_problems=(160, 80), train_prompts=32, held_out_prompts=16, validation_prompts=20, test_prompts=40,
-        samples=8, reader_steps=20, suffix_steps=10,
+        samples=8, readers=("probe",), probe_steps=200,
     ),
     "small": SmolLMStudy(),
     "paper": SmolLMStudy(
-        readers=("slot", "suffix", "probe"), annealed=16,
+        readers=("probe", "slot", "suffix"), annealed=16,
         model="HuggingFaceTB/SmolLM2-135M-Instruct", sft_problems=(4_000, 2_000), train_prompts=2_000,
         held_out_prompts=200, validation_prompts=300, test_prompts=1_000, reader_steps=1_000, suffix_steps=1_000,
     ),
 }  # fmt: skip
-"""Sizes; small: three quarters of an hour on two quiet cores."""
+"""Sizes; small: an hour on two quiet cores."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ class SmolLMJob:
 def run(config: SmolLMStudy, out: Path, workers: int, console: Console) -> tuple[list[Section], list[Finding]]:
     """Carry out the study, or go on with it, and return its part of the page and its findings.
 
-    Writes replays.csv and replays_by_confidence.csv into `out`, beside the runs of fine-tuning, pools and readers.
+    Writes replays.csv into `out`, beside the runs of fine-tuning, pools and readers.
 
     Raises:
         ConfigError: the folder holds a study with other settings.
@@ -221,18 +227,14 @@ def run(config: SmolLMStudy, out: Path, workers: int, console: Console) -> tuple
     rows += carry_out(tests, draw, out, "tier 2: test samples", workers)
     costs = [row for row in rows if row["kind"] == "cost"]
     rows = [row for row in rows if row["kind"] != "cost"]
-    found, claims = [], []
-    for name, label in ((REPLAYS, LABEL), (BY_CONFIDENCE, f"{LABEL}, by confidence")):
-        rows += carry_out([replace(base, name=name)], replay, out, f"tier 2: {name}")
-        found += sections([row for row in rows if row["kind"] != "level"], label)
-        claims += findings(rows, label, DIFFERS)
-        plain = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
-        write_rows(out / f"{name.replace(' ', '_')}.csv", plain)
-        levels, rows = [row for row in rows if row["kind"] == "level"], []
-    return [*found, own_section(config, levels, costs)], claims
+    rows += carry_out([replace(base, name=REPLAYS)], replay, out, f"tier 2: {REPLAYS}")
+    levels = [row for row in rows if row["kind"] == "level"]
+    write_rows(out / f"{REPLAYS}.csv", [means(row) if row["kind"] == "outcome" else row for row in rows])
+    rest = [row for row in rows if row["kind"] != "level"]
+    return [*sections(rest, LABEL), own_section(config, levels, costs)], findings(rest, LABEL, DIFFERS)
 
 
-REPLAYS, BY_CONFIDENCE = "replays", "replays by confidence"
+REPLAYS = "replays"
 LABEL = "tier 2, SmolLM2-135M"
 DIFFERS = "135 million parameters, 4-bit weights made float32, three kinds of short problems, light fine-tuning"
 _TESTS: tuple[Split, ...] = ("test", "validation")
@@ -256,11 +258,15 @@ def strata_of(study: SmolLMStudy, split: Split) -> dict[Stratum, int]:
 
 
 def all_problems(study: SmolLMStudy) -> dict[str, tuple[Problem, ...]]:
-    """Return the problems of every split and of the phases of fine-tuning; none is in two of them."""
-    splits: tuple[Split, ...] = ("test", "validation", "held_out", "train")
-    wanted: dict[str, Mapping[Stratum, int]] = {split: strata_of(study, split) for split in splits}
-    for phase, count in enumerate(study.sft_problems):
-        wanted[_phase(phase)] = counts_of(DEMONSTRATED, count)
+    """Return the problems of the phases of fine-tuning and of every split; none is in two of them.
+
+    Later ones avoid earlier ones, so that the policy does not depend on how much is tested.
+    """
+    wanted: dict[str, Mapping[Stratum, int]] = {
+        _phase(phase): counts_of(DEMONSTRATED, count) for phase, count in enumerate(study.sft_problems)
+    }
+    splits: tuple[Split, ...] = ("train", "held_out", "validation", "test")
+    wanted |= {split: strata_of(study, split) for split in splits}
     found: dict[str, tuple[Problem, ...]] = {}
     seen: set[str] = set()
     for name, strata in wanted.items():
@@ -372,7 +378,7 @@ def reader_config(study: SmolLMStudy, name: ReaderName, model: CausalLM) -> Suff
         case "slot":
             return SlotConfig()
         case "probe":
-            return ProbeConfig()
+            return study.probe
         case "suffix":
             ids = model.tokenizer.completion("", study.question)
             return SuffixConfig(question=study.question, tokens=tuple(ids[:-1]))
@@ -390,11 +396,10 @@ def train_reader(job: SmolLMJob) -> list[Row]:
     training = SelfEvalTraining(
         SelfEvalConfig(
             reader=reader_config(study, job.reader, model), learning_rate=study.learning_rate,
-            kl_weight=study.kl_weight,
+            weight_decay=study.weight_decay, kl_weight=study.kl_weight,
         ),
         prefixes=1 if job.reader == "suffix" else study.prefixes,
-        # a probe's update costs next to nothing
-        steps={"slot": study.reader_steps, "suffix": study.suffix_steps, "probe": 10 * study.reader_steps}[job.reader],
+        steps={"slot": study.reader_steps, "suffix": study.suffix_steps, "probe": study.probe_steps}[job.reader],
         evaluation_prompts=0,
         checkpoints=study.checkpoints,
         loop=LoopConfig(log_every=10, checkpoint_every=25),
@@ -413,10 +418,7 @@ def _cost(job: SmolLMJob, began: float, tokens: int) -> Row:
 
 
 def replay(job: SmolLMJob) -> list[Row]:
-    """Replay every rule on the pools that the self-evaluating model drew.
-
-    By confidence: with other scores at the end of samples, those of `with_confidence`; those on the way stay.
-    """
+    """Replay every rule on the pools that the self-evaluating model drew."""
     study, out = job.study, Path(job.out)
 
     def pool(name: str) -> SamplePool:
@@ -425,9 +427,6 @@ def replay(job: SmolLMJob) -> list[Row]:
     train, held_out, encoder = pool("train"), pool("held_out"), load_encoder(ENCODER)
     constant = with_verifier(encoder, train, held_out, [pool(f"{split}_constant") for split in _TESTS])
     annealed = [completed(pool(f"{split}_annealed"), drawn) for split, drawn in zip(_TESTS, constant, strict=True)]
-    if job.name == BY_CONFIDENCE:
-        constant = with_confidence(encoder, train, held_out, constant)
-        annealed = with_confidence(encoder, train, held_out, annealed)
     extra = load_self_eval(out / f"reader_{study.reader}").evaluator.extra_tokens
     test, validation = (Replays(study, one, other, extra) for one, other in zip(constant, annealed, strict=True))
     rows = rows_of_outcomes(study, validation, test, study.seed)
@@ -480,30 +479,6 @@ def with_verifier(
     return found
 
 
-def with_confidence(
-    encoder: Any, train: SamplePool, held_out: SamplePool, pools: Sequence[SamplePool]
-) -> list[SamplePool]:
-    """Return pools whose scores at the end come from the policy's own log-probabilities.
-
-    P(no fresh sample would be better) by a logistic regression on the sample's total and mean log-probability and its
-    self-certainty, which the decode loop knows anyway, and on the encoder's vector, which knows how hard a prompt is.
-    """
-
-    def seen(pool: SamplePool) -> Floats:
-        total = pool.array("logps")
-        own = np.stack([total, total / np.maximum(pool.array("lengths"), 1), pool.array("certainty")], 2)
-        return np.concatenate([vectors(encoder, pool), own], 2)
-
-    told, held = ((seen(pool), 1 - soft_labels(pool.rewards())) for pool in (train, held_out))
-    reader = fit_evaluator(told, held)
-    return [
-        pool.with_scores(
-            list(reader.probabilities(seen(pool))), list(pool.array("checkpoint_scores")), pool.checkpoints
-        )
-        for pool in pools
-    ]
-
-
 def level_rows(pool: SamplePool) -> list[Row]:
     """Return what each level of the problems turned out to be."""
     rewards, levels = pool.rewards(), np.array([item.columns["level"] for item in pool])
@@ -534,9 +509,7 @@ def own_section(config: SmolLMStudy, levels: Sequence[Row], costs: Sequence[Row]
         "external verifier of the tables is a small text encoder with a logistic regression on correctness; it is weak "
         "at arithmetic. The suffix reader is asked "
         f"{config.question.strip()!r} in plain text, not the paper's sentence. Of the annealed schedule "
-        f"{min(config.annealed, config.samples)} samples are drawn; those at temperature 1 stand for the later ones. "
-        "By confidence: the scores at the end of samples come from the policy's own log-probabilities and the text "
-        "encoder by a logistic regression; scores on the way, and so pruning, are the trained reader's."
+        f"{min(config.annealed, config.samples)} samples are drawn; those at temperature 1 stand for the later ones."
     )
     own.table(
         Table(
