@@ -47,10 +47,19 @@ def encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(adaptive_smollm2, "cache_folder", lambda: tmp_path / "cache")
 
 
-def test_no_problem_is_in_two_splits() -> None:
-    found = all_problems(PRESETS["tiny"])
+@pytest.mark.parametrize("size", ["tiny", "small", "paper"])
+def test_no_problem_is_in_two_splits(size: str) -> None:
+    found = all_problems(PRESETS[size])  # and there are enough of every level
     questions = [one.question for part in found.values() for one in part]
     assert len(set(questions)) == len(questions)
+
+
+def test_the_policy_does_not_depend_on_how_much_is_tested() -> None:
+    study = PRESETS["tiny"]
+    found, other = (all_problems(one) for one in (study, replace(study, test_prompts=80)))
+    assert [found[name] for name in ("sft_0", "sft_1", "train")] == [
+        other[name] for name in ("sft_0", "sft_1", "train")
+    ]
 
 
 def test_the_tables_prompts_serve_every_mix() -> None:

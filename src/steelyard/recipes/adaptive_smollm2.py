@@ -169,7 +169,7 @@ PRESETS: dict[str, SmolLMStudy] = {
     "small": SmolLMStudy(),
     "paper": SmolLMStudy(
         readers=("probe", "slot", "suffix"), annealed=16,
-        model="HuggingFaceTB/SmolLM2-135M-Instruct", sft_problems=(4_000, 2_000), train_prompts=2_000,
+        model="HuggingFaceTB/SmolLM2-135M-Instruct", train_prompts=2_000,
         held_out_prompts=200, validation_prompts=300, test_prompts=1_000, reader_steps=1_000, suffix_steps=1_000,
     ),
 }  # fmt: skip
