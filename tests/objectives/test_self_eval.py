@@ -16,7 +16,16 @@ from steelyard.data.prefixes import PoolTokens, PrefixBatch, PrefixSource, State
 from steelyard.data.restart_labels import RestartLabelConfig
 from steelyard.data.sample_pool import PromptSamples, SamplePool
 from steelyard.errors import ConfigError, DataError
-from steelyard.nets.self_eval import ProbeConfig, SlotConfig, SuffixConfig, build_evaluator, head, hidden_states, read
+from steelyard.nets.self_eval import (
+    ProbeConfig,
+    SlotConfig,
+    SuffixConfig,
+    build_evaluator,
+    drawn_so_far,
+    head,
+    hidden_states,
+    read,
+)
 from steelyard.nets.tiny_lm import TinyLM
 from steelyard.nets.transformer import TransformerConfig
 from steelyard.objectives.self_eval import SelfEvalConfig, SelfEvaluation, divergence, likeliest, states_of
@@ -110,6 +119,25 @@ def test_a_reading_is_what_the_model_says_row_by_row():
                         logits = model.model.transformer.token_embedding @ state
                         expected = logits[NO] - logits[YES]
                     assert float(found[row, column]) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_probe_is_told_how_likely_the_tokens_were():
+    """Mean, lowest and total log-probability, as log(1 + x) of their negatives; by hand."""
+    told = learner("probe").evaluator
+    width, found = SIZE.width, []
+    told.net.forward = lambda x, _: (found.append(x), x.sum(-1, keepdim=True))[1]
+    told.log_odds(torch.zeros(1, width), torch.tensor([5]), torch.tensor([[2.0, -3.0, -2.5]]))
+    expected = [math.log(5) / 8, math.log1p(1.5), math.log1p(2.5), math.log1p(3.0)]
+    torch.testing.assert_close(found[0][0, width:], torch.tensor(expected))
+    logps = torch.tensor([[-1.0, -3.0, -0.5]])
+    torch.testing.assert_close(
+        drawn_so_far(logps, torch.tensor([[0, 1, 3, -1]]))[0],
+        torch.tensor([[0.0, 0.0, 0.0], [1.0, -1.0, -1.0], [3.0, -4.5, -3.0], [0.0, 0.0, 0.0]]),
+    )
+    deaf = build_evaluator(ProbeConfig(hidden=(8,), confidence=False), tiny(), torch_generator(0, "evaluator"))
+    states, lengths = torch.randn(1, width, generator=seeded(1)), torch.tensor([5])
+    heard = [deaf.log_odds(states, lengths, torch.tensor([[2.0, -x, -x]])) for x in (0.1, 9.0)]
+    assert heard[0] == heard[1]  # the limiting case: a probe on the state alone
 
 
 def test_the_loss_by_hand():

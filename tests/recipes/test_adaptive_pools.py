@@ -146,7 +146,7 @@ def test_the_study_writes_rows_a_page_and_goes_on(study: PoolsStudy, tmp_path: P
     out = tmp_path / "out"
     sections, found = adaptive_pools.run(study, out, 1, Console(quiet=True))
     assert [section.heading for section in sections] == ["E10: real samples, evaluators trained on their text"]
-    assert len(found) == 4  # text, correctness, reward model
+    assert len(found) == 4  # stopping by text, correctness and reward model; giving up by text
     rows = (out / "prompts.csv").read_text().splitlines()
     adaptive = [row for row in rows if "adaptive by reward model, for 2 samples" in row]
     assert len(adaptive) == PROMPTS  # every prompt once, whatever its fold
