@@ -60,7 +60,7 @@ def best_of_n(argv: list[str]) -> int:
     scorer = named or "self" if model is None else scorer_of(model, named)
     usual = replace(AnswersConfig(), policy=default_policy(scorer))
     default = BestOfNArguments(
-        prompts=tyro.MISSING, out=tyro.MISSING, model=model or "MODEL", scorer=named, config=usual
+        prompts=tyro.MISSING, out=tyro.MISSING, model=model or tyro.MISSING, scorer=named, config=usual
     )
     args = tyro.cli(BestOfNArguments, default=default, prog="steelyard adapt best_of_n", args=rest)
     config = args.config
