@@ -267,7 +267,7 @@ def train_reader(
         samples_per_prompt=8,
         prefixes=2 if name == "suffix" else 12,  # each is another row to read for a suffix, and free for the others
         steps=study.reader_steps * (4 if name == "probe" else 1),  # a probe's update is a hundredth of the others'
-        evaluation_prompts=0,
+        evaluation_prompts=study.validation_prompts,
         checkpoints=study.checkpoints,
         batch_size=256,
         seed=seed,

@@ -400,7 +400,7 @@ def train_reader(job: SmolLMJob) -> list[Row]:
         ),
         prefixes=1 if job.reader == "suffix" else study.prefixes,
         steps={"slot": study.reader_steps, "suffix": study.suffix_steps, "probe": study.probe_steps}[job.reader],
-        evaluation_prompts=0,
+        evaluation_prompts=study.held_out_prompts // 2,
         checkpoints=study.checkpoints,
         loop=LoopConfig(log_every=10, checkpoint_every=25),
         seed=study.seed,
