@@ -97,9 +97,9 @@ class SmolLMStudy(Config):
     """Prompts whose annealed samples train the readers."""
     held_out_prompts: int = 80
     """Prompts whose samples calibrate the readers."""
-    validation_prompts: int = 60
+    validation_prompts: int = 100
     """Prompts of each mix that choose thresholds."""
-    test_prompts: int = 200
+    test_prompts: int = 400
     """Prompts of each mix in the tables; mixes share prompts."""
     samples: int = 16
     """N: samples of every prompt."""
@@ -173,7 +173,7 @@ PRESETS: dict[str, SmolLMStudy] = {
         held_out_prompts=200, validation_prompts=300, test_prompts=1_000, reader_steps=1_000, suffix_steps=1_000,
     ),
 }  # fmt: skip
-"""Sizes; small: an hour on two quiet cores."""
+"""Sizes; small: seventy minutes of two quiet cores."""
 
 
 @dataclass(frozen=True)
