@@ -30,7 +30,7 @@ TINY = SmolLMStudy(
     model="tiny", sft_problems=(16, 8), sft_learning_rates=(1e-3, 1e-4), train_prompts=16,
     held_out_prompts=8, validation_prompts=10, test_prompts=10,
     samples=4, max_new_tokens=8, reader_steps=2, suffix_steps=2, checkpoints=(2, 4),
-    readers=("suffix", "slot", "probe"), annealed=3, thresholds=(0.3, 0.6, 0.9), orders=2, most_samples=(1.5,),
+    readers=("suffix", "slot", "probe", "state"), annealed=3, thresholds=(0.3, 0.6, 0.9), orders=2, most_samples=(1.5,),
 )  # fmt: skip
 
 

@@ -75,11 +75,12 @@ from steelyard.workflows.sample_pool import PoolPrompt, SamplePoolConfig, build_
 from steelyard.workflows.self_eval import SelfEvalTraining, TrainedSelfEval, train_self_eval
 from steelyard.workflows.self_eval_evaluation import score_pool
 
-ReaderName = Literal["suffix", "slot", "probe"]
+ReaderName = Literal["suffix", "slot", "probe", "state"]
 READERS: dict[ReaderName, SuffixConfig | SlotConfig | ProbeConfig] = {
     "suffix": SuffixConfig(tokens=(ASK,), yes_token=YES, no_token=NO, reserved=(ASK, YES, NO)),
     "slot": SlotConfig(yes_token=YES, no_token=NO),
     "probe": ProbeConfig(hidden=(128, 128)),
+    "state": ProbeConfig(hidden=(128, 128), confidence=False),
 }
 TRAINING: dict[Stratum, float] = {"easy": 0.4, "medium": 0.4, "hopeless": 0.2}
 """The same of what is trained on."""
@@ -111,8 +112,8 @@ class ArithmeticStudy(Config):
     """N: samples of every prompt."""
     reader: ReaderName = "slot"
     """Which reader the tables are about."""
-    readers: tuple[ReaderName, ...] = ("suffix", "slot", "probe")
-    """Readers that are compared."""
+    readers: tuple[ReaderName, ...] = ("suffix", "slot", "probe", "state")
+    """Readers that are compared; state: a probe that is not told how likely the tokens were."""
     reader_steps: int = 300
     """Updates of a reader, 24 prompts with 8 samples each."""
     learning_rate: float = 1e-3
@@ -266,7 +267,8 @@ def train_reader(
         batch_prompts=24,
         samples_per_prompt=8,
         prefixes=2 if name == "suffix" else 12,  # each is another row to read for a suffix, and free for the others
-        steps=study.reader_steps * (4 if name == "probe" else 1),  # a probe's update is a hundredth of the others'
+        steps=study.reader_steps
+        * (4 if name in ("probe", "state") else 1),  # a probe's update is a hundredth of the others'
         evaluation_prompts=study.validation_prompts,
         checkpoints=study.checkpoints,
         batch_size=256,

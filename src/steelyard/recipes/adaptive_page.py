@@ -260,7 +260,8 @@ def _readers(rows: Sequence[Row]) -> Table:
         "On held-out samples of the policy before training, mean over seeds. Within: a better sample of a prompt "
         "gets the higher score (choosing, pruning). Across: of two prompts' samples the one harder to beat does "
         "(stopping). ECE after calibration on other prompts. KL to, and greedy match with, the policy before training "
-        "say what the reader did to it; a probe leaves it untouched.",
+        "say what the reader did to it; a probe leaves it untouched. State: a probe that is not told how likely the "
+        "tokens were.",
         ("reader", "after tokens", "AUC within", "AUC across", "ECE", "Brier", "extra tokens", "KL", "greedy match"),
         tuple(cells),
     )

@@ -71,7 +71,7 @@ from steelyard.workflows.sample_pool import PoolPrompt, SamplePoolConfig, build_
 from steelyard.workflows.self_eval import SelfEvalTraining, load_self_eval, train_self_eval
 
 Floats = npt.NDArray[np.float64]
-ReaderName = Literal["suffix", "slot", "probe"]
+ReaderName = Literal["suffix", "slot", "probe", "state"]
 Split = Literal["train", "held_out", "validation", "test"]
 TRAINING: dict[Stratum, float] = {"easy": 0.4, "medium": 0.4, "hopeless": 0.2}
 """Shares of the strata in what is trained on."""
@@ -112,8 +112,9 @@ class SmolLMStudy(Config):
     """What the suffix reader is asked; short, for it is read as often as a sample is."""
     reader: ReaderName = "probe"
     """Which reader the tables are about; the probe leaves the policy alone and learns in minutes."""
-    readers: tuple[ReaderName, ...] = ("probe", "slot")
-    """Readers that are compared; the suffix reader costs twice as much as the slot."""
+    readers: tuple[ReaderName, ...] = ("probe", "state", "slot")
+    """Readers that are compared; state: a probe that is not told how likely the tokens were. The suffix reader costs
+    twice as much as the slot."""
     reader_steps: int = 60
     """Updates of the slot reader, 8 prompts with 4 samples each."""
     suffix_steps: int = 30
@@ -168,7 +169,7 @@ PRESETS: dict[str, SmolLMStudy] = {
     ),
     "small": SmolLMStudy(),
     "paper": SmolLMStudy(
-        readers=("probe", "slot", "suffix"), annealed=16,
+        readers=("probe", "state", "slot", "suffix"), annealed=16,
         model="HuggingFaceTB/SmolLM2-135M-Instruct", train_prompts=2_000,
         held_out_prompts=200, validation_prompts=300, test_prompts=1_000, reader_steps=1_000, suffix_steps=1_000,
     ),
@@ -379,6 +380,8 @@ def reader_config(study: SmolLMStudy, name: ReaderName, model: CausalLM) -> Suff
             return SlotConfig()
         case "probe":
             return study.probe
+        case "state":
+            return replace(study.probe, confidence=False)
         case "suffix":
             ids = model.tokenizer.completion("", study.question)
             return SuffixConfig(question=study.question, tokens=tuple(ids[:-1]))
@@ -389,7 +392,8 @@ def train_reader(job: SmolLMJob) -> list[Row]:
     assert job.reader is not None
     study, began, out = job.study, time.process_time(), Path(job.out)
     torch.set_num_threads(1)
-    adapter = None if job.reader == "probe" else LoRAConfig()
+    alone = job.reader in ("probe", "state")  # beside a frozen model
+    adapter = None if alone else LoRAConfig()
     reference: Literal["none", "adapter_off"] = "none" if adapter is None else "adapter_off"
     settings = LanguageModelConfig(str(out / POLICY), adapter=adapter, reference=reference)
     model = load_language_model(settings, torch_generator(study.seed, "reader"))
@@ -399,7 +403,7 @@ def train_reader(job: SmolLMJob) -> list[Row]:
             weight_decay=study.weight_decay, kl_weight=study.kl_weight,
         ),
         prefixes=1 if job.reader == "suffix" else study.prefixes,
-        steps={"slot": study.reader_steps, "suffix": study.suffix_steps, "probe": study.probe_steps}[job.reader],
+        steps=study.probe_steps if alone else {"slot": study.reader_steps, "suffix": study.suffix_steps}[job.reader],
         evaluation_prompts=study.held_out_prompts // 2,
         checkpoints=study.checkpoints,
         loop=LoopConfig(log_every=10, checkpoint_every=25),
