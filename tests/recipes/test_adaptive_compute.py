@@ -18,6 +18,7 @@ from steelyard.recipes.adaptive_arithmetic_runs import ArithmeticStudy, SeedJob,
 from steelyard.recipes.adaptive_compute import AdaptiveStudy
 from steelyard.recipes.adaptive_page import Mix, findings, sections
 from steelyard.recipes.adaptive_replays import (
+    ABSOLUTE,
     ADAPTIVE,
     BEST,
     BOTH,
@@ -219,6 +220,11 @@ def test_a_seed_from_end_to_end(tmp_path: Path) -> None:
     assert {row["reader"] for row in rows if row["kind"] == "reader"} == {"suffix", "probe"}
     probe = next(row for row in rows if row["kind"] == "reader" and row["reader"] == "probe")
     assert (probe["kl"], probe["greedy_match"]) == (0.0, 1.0)
+    foreign = [
+        row for row in rows if row["kind"] == "outcome" and ("verifier" in row["name"] or row["name"] == ABSOLUTE)
+    ]
+    assert len({row["name"] for row in foreign}) == 2
+    assert all(row["evaluated"] == row["decoded"] for row in foreign)  # a model of its own reads every token again
     for name in ("outcomes", "readers", "strata", "live", "costs"):
         assert (tmp_path / f"{name}.csv").is_file()
     # done jobs are not done again

@@ -126,7 +126,8 @@ class Replays:
         policy = policy_of(threshold, kind, self.study.samples, prior_strength=prior_strength)
         backends: Sequence[Backend] = [self._annealed] if kind == "annealed" else self._orders
         if name == ABSOLUTE:
-            backends = self._absolute
+            found = self._mean(name, self._absolute, policy)
+            return dataclasses.replace(found, evaluated=found.decoded)  # a model of its own reads every sample
         return self._mean(name, backends, policy)
 
     def pruned(self, name: str, prune: PruneRule) -> Outcome:
@@ -151,7 +152,8 @@ class Replays:
 
     def best(self, rule: str, name: str, k: int) -> Outcome:
         """Return best-of-k by a rule, the mean over all subsets."""
-        return self._fixed(name, expected_reward(self.constant, rule, k), k, self.extra if rule == "score" else 0)
+        found = self._fixed(name, expected_reward(self.constant, rule, k), k, self.extra if rule == "score" else 0)
+        return dataclasses.replace(found, evaluated=found.decoded) if rule == VERIFIER else found
 
     def _fixed(self, name: str, rewards: npt.NDArray[np.float64], k: int, extra: int) -> Outcome:
         lengths = self.constant.array("lengths").mean(1)
