@@ -393,13 +393,6 @@ def hidden_states(model: Any, batch: ExperienceBatch) -> tuple[Tensor, Rows]:
     return model._features(rows).flatten(0, 1), rows
 
 
-@torch.no_grad()
-def own_logps(model: Any, batch: ExperienceBatch, states: Tensor, rows: Rows) -> Tensor:
-    """Return log-probs [N, T] at temperature 1 of a batch's completions, from what `hidden_states` returned for it."""
-    weight, bias = head(model)
-    return spread(head_logps(states[rows.sources], weight, rows.targets, bias), batch)
-
-
 def places(rows: Rows, scored_mask: Tensor, counts: Tensor, completions: Tensor | None = None) -> Tensor:
     """Return int64 [N, K], the flat index of the state after the first `counts` [N, K] tokens of each completion.
 
@@ -430,6 +423,26 @@ def drawn_so_far(token_logps: Tensor, counts: Tensor) -> Tensor:
     total = torch.cat([none, token_logps.cumsum(1)], 1).gather(1, counts)
     lowest = torch.cat([none, token_logps.cummin(1).values], 1).gather(1, counts)
     return torch.stack([counts.float(), total.float(), lowest.float()], -1)
+
+
+@torch.no_grad()
+def lengths_and_drawn(
+    model: Any, batch: ExperienceBatch, states: Tensor, rows: Rows, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what a probe is told beside states where it reads: tokens read int64 [M], and `drawn_so_far` [M, 3].
+
+    Args:
+        model: a `TinyLM` or a `CausalLM`.
+        batch: whole completions.
+        states: as `hidden_states` returned them for the batch.
+        rows: the same.
+        counts: int64 [N, K], after how many tokens to read; below 0: not.
+    """
+    weight, bias = head(model)
+    logps = spread(head_logps(states[rows.sources], weight, rows.targets, bias), batch)
+    lengths = batch.prompt_mask.sum(1).long()[batch.prompt_of][:, None] + counts
+    wanted = counts >= 0
+    return lengths[wanted], drawn_so_far(logps, counts)[wanted]
 
 
 def with_suffix(batch: ExperienceBatch, counts: Tensor, suffix: Sequence[int]) -> ExperienceBatch:
@@ -493,9 +506,7 @@ def read(model: Any, evaluator: AnyEvaluator, batch: ExperienceBatch, counts: Te
         index = places(rows, batch.scored_mask, counts)[wanted]
         predicting = rows.sources
     if isinstance(evaluator, ProbeEvaluator):
-        before = batch.prompt_mask.sum(1).long()[batch.prompt_of][:, None] + counts
-        drawn = drawn_so_far(own_logps(model, batch, states, rows), counts)
-        found = evaluator.log_odds(states[index], before[wanted], drawn[wanted])
+        found = evaluator.log_odds(states[index], *lengths_and_drawn(model, batch, states, rows, counts))
     else:
         weight, bias = head(model)
         found = states[index].float() @ (weight[evaluator.no] - weight[evaluator.yes]).float()

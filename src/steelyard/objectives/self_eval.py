@@ -49,10 +49,9 @@ from steelyard.nets.self_eval import (
     AnyReaderConfig,
     ProbeEvaluator,
     SuffixConfig,
-    drawn_so_far,
     head,
     hidden_states,
-    own_logps,
+    lengths_and_drawn,
     places,
     read,
 )
@@ -188,13 +187,10 @@ def states_of(model: Any, batch: PrefixBatch) -> StateBatch:
     assert batch.targets is not None
     states, rows = hidden_states(model, batch)
     wanted = batch.cuts >= 0
-    before = batch.prompt_mask.sum(1).long()[batch.prompt_of][:, None] + batch.cuts
     index = places(rows, batch.scored_mask, batch.cuts)[wanted]
-    drawn = drawn_so_far(own_logps(model, batch, states, rows), batch.cuts)
     return StateBatch(
         states[index].float(),
-        before[wanted],
-        drawn[wanted],
+        *lengths_and_drawn(model, batch, states, rows, batch.cuts),
         batch.targets[wanted],
         None if batch.counts is None else batch.counts[2:],
     )

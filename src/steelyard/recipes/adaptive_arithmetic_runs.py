@@ -262,13 +262,13 @@ def train_reader(
     study: ArithmeticStudy, name: ReaderName, policy: TinyLM, train: SamplePool, held_out: SamplePool, seed: int
 ) -> TrainedSelfEval:
     """Return a reader with a policy of its own, trained by the library's workflow."""
+    alone = isinstance(READERS[name], ProbeConfig)  # beside a frozen model
     training = SelfEvalTraining(
         SelfEvalConfig(reader=READERS[name], learning_rate=study.learning_rate, kl_weight=study.kl_weight),
         batch_prompts=24,
         samples_per_prompt=8,
         prefixes=2 if name == "suffix" else 12,  # each is another row to read for a suffix, and free for the others
-        steps=study.reader_steps
-        * (4 if name in ("probe", "state") else 1),  # a probe's update is a hundredth of the others'
+        steps=study.reader_steps * (4 if alone else 1),  # a probe's update is a hundredth of the others'
         evaluation_prompts=study.validation_prompts,
         checkpoints=study.checkpoints,
         batch_size=256,
